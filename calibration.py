@@ -1,0 +1,143 @@
+"""From logits to calibrated probabilities, and from those to a decision; both are fitted on validation rows."""
+
+import logging
+import math
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from clsgen.classification_metrics import check_labels, check_probabilities
+
+# In standard deviations of the logits: at this temperature the probability hardly depends on the logit any more.
+MAX_STANDARD_TEMPERATURE = 100.0
+THRESHOLD_METHODS = ("f1", "youden", "fixed")
+
+logger = logging.getLogger(__name__)
+
+
+def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike) -> tuple[float, float]:
+    """Fits `probability = sigmoid(logit / temperature + bias)` to labels, by maximum likelihood.
+
+    This is Platt scaling (Platt, 1999, "Probabilistic Outputs for Support Vector Machines") with the slope written as
+    1 / temperature (Guo et al., 2017, "On Calibration of Modern Neural Networks") and held above 0, so that
+    calibration never turns a ranking round. As in Platt's paper, the targets aren't 0 and 1 but `1 / (N- + 2)` and
+    `(N+ + 1) / (N+ + 2)`, for N- and N+ rows of each label: on rows that the logit separates perfectly, hard targets
+    would drive the temperature to 0 and every probability to 0 or 1. The effect dies out with the number of rows.
+
+    The fit is deterministic: float64, L-BFGS from a fixed start, on standardised logits. Logits that rank the labels
+    backwards or not at all give a very high temperature (100 standard deviations of the logits) and a warning; logits
+    that are all equal give temperature 1 and the bias alone.
+
+    Args:
+        logits: Shape `(rows,)`, finite; with the shift by `log(pos_weight)` already undone.
+        labels: Shape `(rows,)`, each 0 or 1, with both present.
+
+    Returns:
+        `tuple[float, float]`: temperature (above 0) and bias.
+
+    Raises:
+        ValueError: One label only; no rows; shapes that differ; a label other than 0 and 1; a logit that isn't finite.
+    """
+    labels = check_labels(labels, logits)
+    _check_both_classes(labels)
+    logits = torch.as_tensor(np.asarray(logits, dtype=np.float64))  # (rows,)
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"Logits must be finite; {int((~torch.isfinite(logits)).sum())} of {len(logits)} are not.")
+    targets = torch.as_tensor(_smoothed_targets(labels))  # (rows,)
+    center, scale = logits.mean(), logits.std(correction=0)
+    if scale <= 1e-12 * (1 + center.abs()):
+        return 1.0, float(torch.logit(targets.mean()) - center)
+    standard_temperature, standard_bias = _minimise_nll((logits - center) / scale, targets)
+    if standard_temperature >= MAX_STANDARD_TEMPERATURE:
+        logger.warning("The logits don't rank the labels: the calibrated probability is nearly the same for all rows.")
+    temperature = standard_temperature * float(scale)
+    return temperature, standard_bias - float(center) / temperature
+
+
+def calibrated_probabilities(logits: ArrayLike, temperature: float, bias: float) -> np.ndarray:
+    """`sigmoid(logits / temperature + bias)` in float64, of the same shape as `logits`."""
+    logits = torch.as_tensor(np.asarray(logits, dtype=np.float64))
+    return torch.sigmoid(logits / temperature + bias).numpy()
+
+
+def choose_threshold(labels: ArrayLike, probabilities: ArrayLike, method: str = "f1", fixed: float = 0.5) -> float:
+    """Chooses the threshold at and above which a probability means the positive label.
+
+    Candidates are the midpoints between neighbouring distinct values of the probabilities, with 0 and 1 at the ends.
+    Among equally good ones, the nearest to 0.5 wins (the lower of two equally near).
+
+    Args:
+        labels: Shape `(rows,)`, each 0 or 1.
+        probabilities: Shape `(rows,)`, the probability of label 1, in [0, 1].
+        method (`str`, *optional*, defaults to `"f1"`): `"f1"` takes the highest F1 of the positive class, `"youden"`
+            the highest J = true positive rate - false positive rate (Youden, 1950, "Index for rating diagnostic
+            tests"), `"fixed"` returns `fixed`.
+        fixed (`float`, *optional*, defaults to 0.5): The threshold for `"fixed"`.
+
+    Returns:
+        `float`: The threshold, in [0, 1].
+
+    Raises:
+        ValueError: An unknown method; `fixed` outside [0, 1]; no rows, shapes that differ, a label other than 0 and 1,
+            a probability that is nan or outside [0, 1]; one label only (but for `"fixed"`).
+    """
+    if method not in THRESHOLD_METHODS:
+        raise ValueError(f"Unknown threshold method {method!r}; known: {', '.join(THRESHOLD_METHODS)}.")
+    if method == "fixed":
+        return float(check_probabilities(fixed))
+    labels, probabilities = check_labels(labels, probabilities), check_probabilities(probabilities)
+    _check_both_classes(labels)
+    edges = np.concatenate([[0.0], np.unique(probabilities), [1.0]])
+    candidates = np.unique((edges[:-1] + edges[1:]) / 2)
+    true_positives = _count_at_or_above(probabilities[labels == 1], candidates)
+    false_positives = _count_at_or_above(probabilities[labels == 0], candidates)
+    positive, negative = int(labels.sum()), int((1 - labels).sum())
+    if method == "f1":
+        # 2 TP / (2 TP + FP + FN), where TP + FN is the number of positive rows.
+        scores = 2 * true_positives / (true_positives + false_positives + positive)
+    else:
+        # J times both class sizes: whole numbers, in which ties are exact.
+        scores = true_positives * negative - false_positives * positive
+    best = candidates[scores == scores.max()]
+    return float(best[np.argmin(np.abs(best - 0.5))])
+
+
+def _check_both_classes(labels: np.ndarray) -> None:
+    if labels.min() == labels.max():
+        raise ValueError(f"Rows of both labels are needed; all {len(labels)} have label {labels[0]}.")
+
+
+def _smoothed_targets(labels: np.ndarray) -> np.ndarray:
+    positive = labels.sum()
+    return np.where(labels == 1, (positive + 1) / (positive + 2), 1 / (len(labels) - positive + 2))
+
+
+def _minimise_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+    """Temperature and bias of least mean negative log-likelihood, for standardised logits of shape `(rows,)`."""
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [log_temperature, bias],
+        max_iter=500,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def temperature() -> torch.Tensor:
+        return log_temperature.clamp(max=math.log(MAX_STANDARD_TEMPERATURE)).exp()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits / temperature() + bias, targets)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return float(temperature().detach()), float(bias.detach())
+
+
+def _count_at_or_above(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    return len(probabilities) - np.searchsorted(np.sort(probabilities), thresholds, side="left")

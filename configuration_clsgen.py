@@ -1,0 +1,109 @@
+"""CLSGen configuration: a causal LM's own config, and all that its second head and its prompts need at inference."""
+
+import math
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+POOLINGS = ("decision", "mean")
+AUTO_MAP = {
+    "AutoConfig": "configuration_clsgen.ClsGenConfig",
+    "AutoModel": "modeling_clsgen.ClsGenForCausalLMAndClassification",
+    "AutoModelForCausalLM": "modeling_clsgen.ClsGenForCausalLMAndClassification",
+    "AutoModelForSequenceClassification": "modeling_clsgen.ClsGenForCausalLMAndClassification",
+}
+
+
+class ClsGenConfig(PreTrainedConfig):
+    """Configuration of [`ClsGenForCausalLMAndClassification`].
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Config of the backbone, any that `AutoModelForCausalLM` knows. Defaults to a Llama config.
+        cls_reads (`list[tuple[int, str]]`, *optional*, defaults to `[(-1, "decision")]`):
+            What the classification head reads, as `(layer, pooling)` pairs whose features are concatenated. `layer`
+            indexes `hidden_states` (0 is the embeddings, -1 the final, normalised state); `pooling` is `"decision"`
+            (the decision token) or `"mean"` (mean over the prompt, up to and with the decision token).
+        cls_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on the head's features while training.
+        lm_weight, cls_weight (`float`, *optional*, defaults to 1.0):
+            Weights of the two losses in `loss`.
+        pos_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the positive class in the BCE loss; undone at inference by subtracting its log from the logit.
+        calibration (`dict[str, float]`, *optional*, defaults to `{"temperature": 1.0, "bias": 0.0}`):
+            `probability = sigmoid((logit - log(pos_weight)) / temperature + bias)`. Nested, since transformers takes
+            a top-level `temperature` for a generation parameter.
+        threshold (`float`, *optional*, defaults to 0.5):
+            The positive label is given where `probability >= threshold`.
+        prompt (`dict`, *optional*):
+            The task's prompt, see [`prompting_clsgen.TaskPrompt`].
+        max_prompt_length (`int`, *optional*, defaults to 864):
+            Longest prompt in tokens; a longer text is cut in the middle of its document.
+        explanation_mode (`"guided"` or `"free"`, *optional*, defaults to `"guided"`):
+            Whether explanations start from a verdict line that the head's decision sets.
+    """
+
+    model_type = "clsgen"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        cls_reads: list[tuple[int, str]] | None = None,
+        cls_dropout: float = 0.0,
+        lm_weight: float = 1.0,
+        cls_weight: float = 1.0,
+        pos_weight: float = 1.0,
+        calibration: dict[str, float] | None = None,
+        threshold: float = 0.5,
+        prompt: dict[str, Any] | None = None,
+        max_prompt_length: int = 864,
+        explanation_mode: str = "guided",
+        **kwargs,
+    ):
+        if text_config is None:
+            text_config = AutoConfig.for_model("llama")
+        elif isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**{"model_type": "llama", **text_config})
+        self.text_config = text_config
+        self.cls_reads = [[layer, pooling] for layer, pooling in (cls_reads or [(-1, "decision")])]
+        self.cls_dropout = cls_dropout
+        self.lm_weight = lm_weight
+        self.cls_weight = cls_weight
+        self.pos_weight = pos_weight
+        self.calibration = {"temperature": 1.0, "bias": 0.0, **(calibration or {})}
+        self.threshold = threshold
+        self.prompt = prompt
+        self.max_prompt_length = max_prompt_length
+        self.explanation_mode = explanation_mode
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("num_labels", 2)
+        kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+        self.label2id = {name: label_id for label_id, name in self.id2label.items()}
+        self._check()
+
+    def _check(self) -> None:
+        layers = self.text_config.num_hidden_layers
+        for layer, pooling in self.cls_reads:
+            if not isinstance(layer, int) or not -layers - 1 <= layer <= layers or pooling not in POOLINGS:
+                raise ValueError(
+                    f"`cls_reads` holds {(layer, pooling)}: the layer must lie in [{-layers - 1}, {layers}] for this "
+                    f"backbone of {layers} layers, and the pooling must be one of {POOLINGS}."
+                )
+        for name, value in (("pos_weight", self.pos_weight), ("temperature", self.calibration["temperature"])):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"`{name}` must be a finite number above 0, got {value}.")
+        if self.explanation_mode not in ("guided", "free"):
+            raise ValueError(f"`explanation_mode` must be 'guided' or 'free', got {self.explanation_mode!r}.")
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of label 0 and label 1."""
+        return [self.id2label[0], self.id2label[1]]
+
+
+ClsGenConfig.register_for_auto_class()  # `save_pretrained` writes the code beside the config
+
+__all__ = ["ClsGenConfig"]

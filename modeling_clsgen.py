@@ -1,0 +1,363 @@
+"""CLSGen: one causal LM, two heads. A probability is read from the prompt's last token before a word is generated."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_clsgen import ClsGenConfig
+from .inference_clsgen import ClsGenInferenceMixin
+from .prompting_clsgen import TaskPrompt
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class ClsGenOutput(ModelOutput):
+    """Output of [`ClsGenForCausalLMAndClassification`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): `lm_weight * lm_loss + cls_weight * cls_loss`, given any labels.
+        lm_loss (`torch.FloatTensor` of shape `()`): Cross-entropy, mean over the tokens with a label.
+        cls_loss (`torch.FloatTensor` of shape `()`): Binary cross-entropy, mean over the decisions.
+        logits (`torch.FloatTensor` of shape `(batch_size, kept_positions, vocab_size)`): Of the LM head.
+        cls_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length)`): Of the classification head, float32,
+            as if each token were the decision token. Neither calibrated nor corrected for `pos_weight`.
+        past_key_values, hidden_states, attentions: As in any causal LM.
+    """
+
+    loss: torch.FloatTensor | None = None
+    lm_loss: torch.FloatTensor | None = None
+    cls_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    cls_logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def supervised_positions(labels: torch.LongTensor) -> torch.LongTensor:
+    """Positions from which some row of the batch predicts a labelled token, for `logits_to_keep`.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where there is no label.
+
+    Returns:
+        `torch.LongTensor` of shape `(kept_positions,)`.
+    """
+    return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
+
+
+def language_modeling_loss(
+    logits: torch.FloatTensor,
+    labels: torch.LongTensor,
+    logits_to_keep: int | torch.LongTensor = 0,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.FloatTensor:
+    """Cross-entropy of the next token, summed over labelled tokens and divided by `num_items` (default: their number).
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch_size, kept_positions, vocab_size)`).
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Not shifted.
+        logits_to_keep: As given to the model: which positions `logits` holds.
+        num_items: Number of labelled tokens in the whole optimizer step.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if isinstance(logits_to_keep, torch.Tensor):
+        targets = targets[:, logits_to_keep]
+    elif logits_to_keep:
+        targets = targets[:, -logits_to_keep:]
+    if num_items is None:
+        num_items = (targets != IGNORE_INDEX).sum()
+    total = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return total / torch.as_tensor(num_items).clamp(min=1)
+
+
+def classification_loss(
+    cls_logits: torch.FloatTensor,
+    cls_labels: torch.FloatTensor,
+    pos_weight: float = 1.0,
+    num_decisions: torch.Tensor | int | None = None,
+) -> torch.FloatTensor:
+    """Binary cross-entropy, summed over decisions and divided by `num_decisions` (default: their number).
+
+    Args:
+        cls_logits, cls_labels (`torch.FloatTensor` of shape `(batch_size, sequence_length)`): Labels in [0, 1] at
+            decision tokens, -100 elsewhere.
+        pos_weight (`float`): Weight of the positive class.
+        num_decisions: Number of decisions in the whole optimizer step.
+    """
+    is_decision = cls_labels != IGNORE_INDEX
+    if num_decisions is None:
+        num_decisions = is_decision.sum()
+    # Elementwise with zero weights, not an index: shapes stay static (torch.compile), and the head stays in the graph
+    # of a rank without a label (DDP would wait for its gradients forever).
+    losses = F.binary_cross_entropy_with_logits(
+        cls_logits,
+        torch.where(is_decision, cls_labels, 0.0).to(cls_logits.dtype),
+        pos_weight=torch.tensor(pos_weight, dtype=cls_logits.dtype, device=cls_logits.device),
+        reduction="none",
+    )
+    return (losses * is_decision).sum() / torch.as_tensor(num_decisions).clamp(min=1)
+
+
+def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.LongTensor:
+    """Position of each of the last `length` tokens among its row's real ones, shape `(batch_size, length)`."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+
+
+def running_mean(scores: torch.FloatTensor, mask: torch.Tensor, position_ids: torch.LongTensor) -> torch.FloatTensor:
+    """Mean over each token's own sequence up to and with that token.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(batch_size, sequence_length)`).
+        mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 0 at padding.
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Restart at 0 where a new sequence
+            starts in a packed row.
+    """
+    scores = scores * mask
+    totals = scores.cumsum(dim=-1)
+    index = torch.arange(scores.shape[1], device=scores.device).expand_as(position_ids)
+    starts = torch.where((position_ids == 0) & mask.bool(), index, 0).cummax(dim=-1).values
+    before = (totals - scores).gather(1, starts)
+    return (totals - before) / (position_ids + 1)
+
+
+class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, PreTrainedModel, GenerationMixin):
+    """A causal LM with a second head that answers a binary question about the prompt.
+
+    The backbone is any model of `AutoModelForCausalLM`, held whole as `lm`: its logits stay bit for bit its own.
+    `cls_head` is linear in float32, and so is applied before pooling: the mean of scores is the score of the mean.
+
+    Args:
+        config ([`ClsGenConfig`]): Its `text_config` builds the backbone.
+        lm (`PreTrainedModel`, *optional*): A loaded backbone to wrap instead, see [`from_backbone`].
+    """
+
+    config_class = ClsGenConfig
+    base_model_prefix = "lm"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = {"cls_head"}  # noqa: RUF012
+
+    def __init__(self, config: ClsGenConfig, lm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
+        hidden_size = config.text_config.hidden_size
+        self.cls_head = nn.Linear(len(config.cls_reads) * hidden_size, 1, dtype=torch.float32)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Zero: an untrained head says 0.5. The backbone brings its own initialisation.
+        if module is self.cls_head:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        else:
+            self.lm._init_weights(module)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path: str,
+        task: TaskPrompt | dict[str, Any] | None = None,
+        labels: tuple[str, str] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> "ClsGenForCausalLMAndClassification":
+        """Wraps a plain LLM; its tokenizer is kept on the model.
+
+        Args:
+            name_or_path (`str`): Hub id or folder, as `AutoModelForCausalLM.from_pretrained` takes it.
+            task (`TaskPrompt` or `dict`, *optional*): The task's prompt.
+            labels (`tuple[str, str]`, *optional*): Names of label 0 and label 1.
+            config_kwargs (`dict`, *optional*): Further fields of [`ClsGenConfig`].
+            kwargs: For `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+        """
+        lm = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        tokenizer_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **tokenizer_kwargs)
+        prompt = task if isinstance(task, TaskPrompt) else TaskPrompt.from_dict(task)
+        config = ClsGenConfig(
+            text_config=lm.config,
+            prompt=prompt.to_dict(),
+            id2label=dict(enumerate(labels or prompt.verdicts)),
+            dtype=lm.dtype,
+            attn_implementation=lm.config._attn_implementation,  # a composite config would reset the backbone's
+            **(config_kwargs or {}),
+        )
+        config.name_or_path = str(name_or_path)
+        model = cls(config, lm=lm)
+        model.set_reads(config.cls_reads)
+        model.generation_config = lm.generation_config
+        # Deterministic unless asked otherwise: whoever reads a decision reads the same one twice.
+        model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=128)
+        model.tokenizer = tokenizer
+        model._stop_at_end_of_turn()
+        for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+            if hasattr(lm, name):
+                setattr(model, name, getattr(lm, name))
+        if hasattr(lm, "hf_device_map"):
+            model.hf_device_map = {f"lm.{name}" if name else "": device for name, device in lm.hf_device_map.items()}
+        if hasattr(lm.config, "quantization_config"):
+            config.quantization_config = lm.config.quantization_config
+        return model.eval()
+
+    def set_reads(self, cls_reads: list[tuple[int, str]]) -> None:
+        """Makes the head read `cls_reads` (see [`ClsGenConfig`]), with new weights of zero: every logit is 0."""
+        self.config.cls_reads = [list(read) for read in cls_reads]
+        self.config._check()
+        device = self.get_output_embeddings().weight.device
+        size = len(cls_reads) * self.config.text_config.hidden_size
+        self.cls_head = nn.Linear(size, 1, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.cls_head.weight)
+        nn.init.zeros_(self.cls_head.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.lm.get_decoder()
+
+    def read_layers(self) -> list[int]:
+        """Non-negative indices into `hidden_states` that the head reads, one a read."""
+        return [layer % (self.config.text_config.num_hidden_layers + 1) for layer, _ in self.config.cls_reads]
+
+    def score(
+        self,
+        hidden_states: list[torch.FloatTensor],
+        mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+    ) -> torch.FloatTensor:
+        """The head's logit of every position.
+
+        Args:
+            hidden_states (`list[torch.FloatTensor]`): One a read, `(batch_size, sequence_length, hidden_size)`.
+            mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 at padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`).
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, sequence_length)`, float32.
+        """
+        weight, bias = self.cls_head.weight.float(), self.cls_head.bias.float()
+        logits = bias
+        for hidden, part, (_, pooling) in zip(
+            hidden_states, weight[0].chunk(len(hidden_states)), self.config.cls_reads, strict=True
+        ):
+            with torch.autocast(hidden.device.type, enabled=False):
+                hidden = hidden.to(part.device, torch.float32)
+                if self.training and self.config.cls_dropout > 0:
+                    # One mask a row is dropout on the pooled features, since pooling and head are linear.
+                    kept = F.dropout(part.expand(hidden.shape[0], -1), self.config.cls_dropout)
+                    scores = torch.einsum("bth,bh->bt", hidden, kept)
+                else:
+                    scores = hidden @ part
+                if pooling == "mean":
+                    mask_or_ones = torch.ones_like(scores) if mask is None else mask.to(scores)
+                    scores = running_mean(scores, mask_or_ones, position_ids.expand_as(scores))
+            logits = logits + scores
+        return logits
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        cls_labels: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.LongTensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_decisions_in_batch: torch.Tensor | int | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        **kwargs,
+    ) -> ClsGenOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Or `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, cached_and_new_length)`, *optional*): 0 at padding,
+                on either side. Without one, `position_ids` that restart at 0 mark packed sequences, which don't see
+                each other.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids, -100 where
+                there is no language-modelling loss.
+            cls_labels (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 to 1 at decision
+                tokens, -100 elsewhere.
+            logits_to_keep (`int` or `torch.LongTensor` of shape `(kept_positions,)`): Which positions go through the
+                LM head: the last `logits_to_keep`, those listed, or (0) all. While training with `labels`, 0 means
+                those that `labels` need.
+            num_items_in_batch, num_decisions_in_batch (`int` or `torch.Tensor`, *optional*): Labelled tokens and
+                decisions of the whole optimizer step; each loss is its sum over this batch divided by them.
+
+        Returns:
+            [`ClsGenOutput`]. `cls_logits` with the pooling `"mean"` cover the given tokens only: read a decision from
+            the forward that gets its whole prompt.
+        """
+        keep_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and keep_all and self.training and not torch.compiler.is_compiling():
+            logits_to_keep = supervised_positions(labels)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        is_2d_mask = attention_mask is not None and attention_mask.dim() == 2
+        if position_ids is None and is_2d_mask:
+            position_ids = positions_from_mask(attention_mask, length)
+        layers = self.read_layers()
+        wanted = True if output_hidden_states is True else sorted({*layers, *(output_hidden_states or ())})
+        outputs = self.lm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            output_hidden_states=wanted,
+            return_dict=True,
+            **{key: value for key, value in kwargs.items() if key != "return_dict"},
+        )
+        if position_ids is None:
+            position_ids = torch.arange(length, device=outputs.logits.device)[None]
+        mask = attention_mask[:, -length:] if is_2d_mask else None
+        cls_logits = self.score([outputs.hidden_states[layer] for layer in layers], mask, position_ids)
+
+        loss = lm_loss = cls_loss = None
+        if labels is not None:
+            lm_loss = language_modeling_loss(outputs.logits, labels, logits_to_keep, num_items_in_batch)
+            loss = self.config.lm_weight * lm_loss
+        if cls_labels is not None:
+            cls_loss = classification_loss(cls_logits, cls_labels, self.config.pos_weight, num_decisions_in_batch)
+            cls_loss_weighted = self.config.cls_weight * cls_loss
+            loss = cls_loss_weighted if loss is None else loss + cls_loss_weighted.to(loss.device)
+        return ClsGenOutput(
+            loss=loss,
+            lm_loss=lm_loss,
+            cls_loss=cls_loss,
+            logits=outputs.logits,
+            cls_logits=cls_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            attentions=outputs.attentions,
+        )
+
+
+ClsGenForCausalLMAndClassification.register_for_auto_class("AutoModel")  # `save_pretrained` writes the code files
+
+__all__ = ["ClsGenForCausalLMAndClassification"]

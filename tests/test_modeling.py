@@ -1,0 +1,316 @@
+"""The model: independent numerics, every way of padding, generation, saving and loading."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import READS, build
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, TextIteratorStreamer
+from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+
+from clsgen.configuration_clsgen import ClsGenConfig
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification, running_mean
+
+IGNORE = -100
+
+
+def random_rows(lengths=(9, 14, 6), seed=0):
+    """Ids, labels behind a decision token, and that token's label, of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i, length in enumerate(lengths):
+        ids = torch.randint(0, 250, (length,), generator=generator)
+        decision = length // 2
+        labels = torch.full((length,), IGNORE)
+        labels[decision + 1 :] = ids[decision + 1 :]
+        cls_labels = torch.full((length,), float(IGNORE))
+        cls_labels[decision] = i % 2
+        rows.append((ids, labels, cls_labels, decision))
+    return rows
+
+
+def batch_of(rows, side):
+    """The rows padded on a side, by `pad_sequence`."""
+
+    def pad(columns, fill):
+        return pad_sequence(columns, batch_first=True, padding_value=fill, padding_side=side)
+
+    return {
+        "input_ids": pad([row[0] for row in rows], 258),
+        "attention_mask": pad([torch.ones(len(row[0]), dtype=torch.long) for row in rows], 0),
+        "labels": pad([row[1] for row in rows], IGNORE),
+        "cls_labels": pad([row[2] for row in rows], IGNORE),
+    }
+
+
+def packed(rows):
+    """All rows in one sequence, without a mask."""
+    labels = [row[1].clone() for row in rows]
+    for row_labels in labels:
+        row_labels[0] = IGNORE
+    return {
+        "input_ids": torch.cat([row[0] for row in rows])[None],
+        "labels": torch.cat(labels)[None],
+        "cls_labels": torch.cat([row[2] for row in rows])[None],
+        "position_ids": torch.cat([torch.arange(len(row[0])) for row in rows])[None],
+        "use_cache": False,
+    }
+
+
+def reference(model, rows):
+    """Logits and losses by plain torch, row by row without padding, from the backbone's own outputs."""
+    lm_losses, cls_logits, cls_labels = [], [], []
+    weights = model.cls_head.weight[0].chunk(len(model.config.cls_reads))
+    for ids, labels, row_labels, decision in rows:
+        outputs = model.lm(ids[None], output_hidden_states=True)
+        log_probabilities = outputs.logits[0, :-1].log_softmax(-1)
+        targets = labels[1:]
+        lm_losses += [-log_probabilities[i, t] for i, t in enumerate(targets.tolist()) if t != IGNORE]
+        logit = model.cls_head.bias[0]
+        for weight, (layer, pooling) in zip(weights, model.config.cls_reads, strict=True):
+            hidden = outputs.hidden_states[layer][0]
+            logit = logit + weight @ (hidden[decision] if pooling == "decision" else hidden[: decision + 1].mean(0))
+        cls_logits.append(logit)
+        cls_labels.append(row_labels[decision])
+    logits, labels = torch.stack(cls_logits), torch.stack(cls_labels)
+    probabilities = torch.sigmoid(logits)
+    bce = -(labels * probabilities.log() + (1 - labels) * (1 - probabilities).log()).mean()
+    return logits, torch.stack(lm_losses).mean(), bce
+
+
+@pytest.mark.parametrize("form", ["left", "right", "packed"])
+def test_losses_and_logits_equal_plain_torch_on_unpadded_rows(any_model, form):
+    rows = random_rows()
+    batch = packed(rows) if form == "packed" else batch_of(rows, form)
+    output = any_model(**batch)
+    logits, lm_loss, bce = reference(any_model, rows)
+    torch.testing.assert_close(output.cls_logits[batch["cls_labels"] != IGNORE], logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.lm_loss, lm_loss, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.cls_loss, bce, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.loss, output.lm_loss + output.cls_loss)
+
+
+def test_logits_are_the_backbones_bit_for_bit(any_model, backbones, request):
+    family = request.node.callspec.params["any_model"]
+    lm = AutoModelForCausalLM.from_pretrained(backbones[family], dtype=torch.float32).eval()
+    ids = torch.randint(0, 250, (2, 21))
+    assert torch.equal(any_model(ids).logits, lm(ids).logits)
+
+
+def test_lm_head_is_applied_where_labels_need_it_while_training(model):
+    rows = random_rows()
+    batch = batch_of(rows, "left")
+    full = model.eval()(**batch)
+    training = model.train()(**batch)
+    assert training.logits.shape[1] < full.logits.shape[1] == batch["input_ids"].shape[1]
+    torch.testing.assert_close(training.lm_loss, full.lm_loss)
+
+
+def test_decision_does_not_see_the_completion(any_model):
+    (ids, _, _, decision), *_ = random_rows((20,))
+    whole = any_model(ids[None]).cls_logits[0, decision]
+    prompt = any_model(ids[None, : decision + 1]).cls_logits[0, decision]
+    other = any_model(torch.cat([ids[: decision + 1], ids[decision + 1 :].flip(0)])[None]).cls_logits[0, decision]
+    torch.testing.assert_close(whole, prompt, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole, other, atol=1e-5, rtol=1e-5)
+
+
+def test_pos_weight_and_loss_weights(model):
+    rows = random_rows()
+    batch = batch_of(rows, "right")
+    model.config.pos_weight, model.config.lm_weight, model.config.cls_weight = 3.0, 0.5, 2.0
+    output = model(**batch)
+    logits, lm_loss, _ = reference(model, rows)
+    labels = torch.tensor([0.0, 1.0, 0.0])
+    expected = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(3.0))
+    torch.testing.assert_close(output.cls_loss, expected)
+    torch.testing.assert_close(output.loss, 0.5 * lm_loss + 2 * expected)
+    corrected, probability = model.calibrated(torch.tensor([1.0]))
+    assert corrected.item() == pytest.approx(1 - torch.tensor(3.0).log().item())
+    assert probability.item() == pytest.approx(torch.sigmoid(corrected).item())
+
+
+def test_a_batch_without_labels_gives_zero_losses_that_still_reach_every_weight(model):
+    ids = torch.randint(0, 250, (2, 8))
+    nothing = torch.full_like(ids, IGNORE)
+    output = model.train()(ids, labels=nothing, cls_labels=nothing.float())
+    assert output.loss.item() == 0
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.cls_head.parameters())
+
+
+def test_running_mean_restarts_with_each_sequence():
+    scores = torch.tensor([[1.0, 3.0, 5.0, 10.0, 20.0]])
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    means = running_mean(scores, torch.ones_like(scores), positions)
+    torch.testing.assert_close(means, torch.tensor([[1.0, 2.0, 3.0, 10.0, 15.0]]))
+
+
+def test_generate_in_its_usual_modes_equals_the_backbone(any_model, tokenizer):
+    ids = torch.randint(0, 250, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    lm = any_model.lm
+    lm.generation_config = any_model.generation_config
+    common = {"attention_mask": mask, "max_new_tokens": 6}
+    for kwargs in ({}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
+        kwargs = {**common, **kwargs}
+        if isinstance(lm, GPT2LMHeadModel) and "cache_implementation" in kwargs:
+            kwargs.pop("cache_implementation")
+        assert torch.equal(any_model.generate(ids, **kwargs), lm.generate(ids, **kwargs)), kwargs
+    torch.manual_seed(0)
+    sampled = any_model.generate(ids, do_sample=True, **common)
+    torch.manual_seed(0)
+    assert torch.equal(sampled, lm.generate(ids, do_sample=True, **common))
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    one = any_model.generate(ids[1:], max_new_tokens=6, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(one[0, 12:])
+
+
+def test_save_load_resave(any_model, tmp_path):
+    ids = torch.randint(0, 250, (2, 10))
+    expected = any_model(ids)
+    any_model.config.calibration = {"temperature": 1.7, "bias": -0.3}
+    any_model.save_pretrained(tmp_path / "first", max_shard_size="20KB")
+    assert len(list((tmp_path / "first").glob("*.safetensors"))) > 1
+    assert (tmp_path / "first" / "prompting_clsgen.py").is_file()
+    loaded = ClsGenForCausalLMAndClassification.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    again = ClsGenForCausalLMAndClassification.from_pretrained(tmp_path / "second")
+    for other in (loaded, again):
+        output = other(ids)
+        torch.testing.assert_close(output.logits, expected.logits)
+        torch.testing.assert_close(output.cls_logits, expected.cls_logits)
+        assert other.config.calibration == {"temperature": 1.7, "bias": -0.3}
+        tied = other.lm.get_output_embeddings().weight is other.lm.get_input_embeddings().weight
+        assert tied == any_model.config.text_config.tie_word_embeddings
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
+    assert configs[0] == configs[1]
+    assert len(configs[0]["auto_map"]) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_is_float32_after_every_way_of_loading(backbones, tmp_path, dtype):
+    model = ClsGenForCausalLMAndClassification.from_backbone(backbones["llama"], dtype=dtype)
+    assert model.lm.dtype == dtype
+    assert model.cls_head.weight.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    for kwargs in ({}, {"dtype": dtype}, {"dtype": "auto"}, {"device_map": "cpu"}):
+        loaded = ClsGenForCausalLMAndClassification.from_pretrained(tmp_path, **kwargs)
+        assert loaded.cls_head.weight.dtype == torch.float32, kwargs
+        assert loaded(torch.tensor([[1, 2, 3]])).cls_logits.dtype == torch.float32
+
+
+def test_lora_trains_saves_reloads_and_merges_to_the_same_probability(model, backbones, tmp_path):
+    ids = torch.randint(0, 250, (2, 10))
+    lora = LoraConfig(target_modules="all-linear", modules_to_save=["cls_head"], init_lora_weights=False)
+    peft_model = get_peft_model(model, lora)
+    trained = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
+    assert any("cls_head" in name for name in trained)
+    assert not any("lora" in name and "cls_head" in name for name in trained)
+    with torch.no_grad():
+        peft_model.base_model.model.cls_head.weight.mul_(1.5)
+    expected = peft_model.eval()(input_ids=ids).cls_logits
+    peft_model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(build(backbones["llama"]), tmp_path).eval()
+    torch.testing.assert_close(reloaded(input_ids=ids).cls_logits, expected)
+    merged = reloaded.merge_and_unload()
+    torch.testing.assert_close(merged(ids).cls_logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_keeps_gradients(model, use_reentrant):
+    batch = batch_of(random_rows(), "left")
+    model.train()(**batch).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_compiles_without_a_graph_break(model):
+    batch = batch_of(random_rows(), "left")
+    del batch["labels"]
+    expected = model(**batch)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch).cls_loss, expected.cls_loss)
+
+
+def test_resizing_embeddings_keeps_both_heads(model):
+    ids = torch.randint(0, 250, (1, 10))
+    expected = model(ids)
+    model.resize_token_embeddings(320)
+    output = model(ids)
+    assert output.logits.shape[-1] == 320
+    torch.testing.assert_close(output.logits[..., :300], expected.logits)
+    torch.testing.assert_close(output.cls_logits, expected.cls_logits)
+
+
+def test_config_refuses_what_cannot_be():
+    for kwargs, message in (
+        ({"cls_reads": [(99, "mean")]}, "layer must lie in"),
+        ({"cls_reads": [(1, "max")]}, "pooling must be one of"),
+        ({"pos_weight": 0.0}, "pos_weight"),
+        ({"calibration": {"temperature": -1.0}}, "temperature"),
+        ({"explanation_mode": "loud"}, "explanation_mode"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ClsGenConfig(**kwargs)
+
+
+FRESH = """
+import json, sys
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+assert not any("clsgen" in path for path in sys.path), sys.path
+text = {"findings": "Death in 3% and 9%.", "claim": "It works."}
+results = []
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
+    model = auto.from_pretrained(sys.argv[1], trust_remote_code=True)
+    results.append(model.classify_and_explain(text, max_new_tokens=4).to_dict())
+assert results[0] == results[1] == results[2]
+print("RESULT " + json.dumps(results[0]))
+"""
+
+
+def test_checkpoint_alone_works_in_a_fresh_process_elsewhere(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    model.tokenizer.save_pretrained(tmp_path / "saved")
+    moved = tmp_path / "moved"
+    (tmp_path / "saved").rename(moved)
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH, str(moved)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    fresh = json.loads(run.stdout.partition("RESULT ")[2])
+    text = {"findings": "Death in 3% and 9%.", "claim": "It works."}
+    assert fresh == pytest.approx(model.classify_and_explain(text, max_new_tokens=4).to_dict())
+    refused = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH.replace("True)", "False)", 1), str(moved)],
+        cwd=tmp_path, capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1", "PATH": ""}, check=False,
+    )  # fmt: skip
+    assert "trust_remote_code" in refused.stderr
+
+
+def test_real_small_model(smollm2, texts):
+    model = build(smollm2, reads=[(14, "mean"), (18, "decision")])
+    lm = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    ids = torch.randint(0, 40000, (2, 17))
+    assert torch.equal(model(ids).logits, lm(ids).logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=5), lm.generate(ids, max_new_tokens=5, do_sample=False))
+    assert model.config.cls_reads != READS
+    classified = model.classify(texts[:2])
+    explained = model.classify_and_explain(texts[:2], max_new_tokens=5)
+    assert [p.probability for p in classified] == pytest.approx([p.probability for p in explained], abs=1e-4)

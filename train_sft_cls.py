@@ -1,0 +1,350 @@
+"""Trains CLSGen: both heads on one backbone, then calibration, the test table and a checkpoint that stands alone.
+
+python train_sft_cls.py                                                      # the embedded task, on a CPU
+python train_sft_cls.py --config recipes/clinifact.yaml --data_dir CliniFact  # real data
+accelerate launch train_sft_cls.py --config recipes/clinifact.yaml --data_dir CliniFact --bf16 true
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModel, EarlyStoppingCallback, set_seed
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from clsgen.atomic_io import write_json
+from clsgen.backbones import resolve_backbone
+from clsgen.calibration import calibrated_probabilities, choose_threshold, fit_temperature_and_bias
+from clsgen.checkpoint_folder import CARD_METRICS, write_checkpoint
+from clsgen.classification_metrics import classification_metrics
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
+from clsgen.tasks import Task, class_counts, load_task
+from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer, last_complete_checkpoint
+from clsgen.training_rows import encode_rows
+from clsgen.warm_start import Probe, warm_start
+
+logger = logging.getLogger("clsgen.train_sft_cls")
+ROOT = Path(__file__).resolve().parent
+DEFAULT_RECIPE = ROOT / "recipes" / "trial_claims.yaml"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
+
+
+@dataclass
+class TaskArguments:
+    """What to learn from what, and what to do after training."""
+
+    task: str = field(default="trial_claims", metadata={"help": "A task's folder, or its name below data/."})
+    data_dir: str | None = field(default=None, metadata={"help": "Source that the task's prepare.py reads."})
+    on_bad_row: str = field(
+        default="error", metadata={"help": "A row that cannot be used stops the run, or is skipped and counted.",
+                                   "choices": ["error", "skip"]}
+    )  # fmt: skip
+    warm_start: bool = field(default=True, metadata={"help": "Start the head from a linear probe."})
+    cls_reads: list[str] | None = field(
+        default=None,
+        metadata={"help": "What the head reads, e.g. `14:mean 18:decision`; by default, the form that cross-validates "
+                          "best on the training rows (with the warm start) or `-1:decision`."},
+    )  # fmt: skip
+    threshold_method: str = field(
+        default="f1", metadata={"help": "How to choose the threshold on the validation split.",
+                                "choices": ["f1", "youden", "fixed"]}
+    )  # fmt: skip
+    fixed_threshold: float = field(default=0.5, metadata={"help": "The threshold of `--threshold_method fixed`."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without a better `metric_for_best_model` before training stops."}
+    )
+    merge_adapter: bool = field(default=True, metadata={"help": "Merge LoRA into the checkpoint's weights."})
+    num_examples: int = field(default=3, metadata={"help": "Predictions with explanations to show at the end."})
+    results_dir: str | None = field(default=None, metadata={"help": "A further folder for metrics and predictions."})
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's [`ModelConfig`], with LoRA on all linear layers by default."""
+
+    model_name_or_path: str | None = field(
+        default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "The backbone."}
+    )
+    use_peft: bool = field(default=True, metadata={"help": "LoRA; `--use_peft false` trains all weights."})
+    lora_first_layer: int = field(default=0, metadata={"help": "Layers below this one stay frozen."})
+
+
+def parse_reads(reads: list[str] | None) -> list[tuple[int, str]] | None:
+    """`["14:mean", "18:decision"]` to `[(14, "mean"), (18, "decision")]`; raises `ValueError` on another form."""
+    parsed = []
+    for read in reads or []:
+        layer, _, pooling = str(read).partition(":")
+        if not layer.lstrip("-").isdigit() or pooling not in ("decision", "mean"):
+            raise ValueError(f"`--cls_reads` takes `LAYER:decision` or `LAYER:mean`, got {read!r}.")
+        parsed.append((int(layer), pooling))
+    return parsed or None
+
+
+def lora_config(model: ClsGenForCausalLMAndClassification, arguments: ModelArguments) -> LoraConfig | None:
+    """LoRA as asked for; on all of the backbone's linear layers unless `lora_target_modules` names some."""
+    config = get_peft_config(arguments)
+    if config is None:
+        return None
+    if arguments.lora_target_modules is None:
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.get_decoder().named_modules()
+            if type(module).__name__ == "Conv1D" or isinstance(module, torch.nn.Linear)
+        }
+        config.target_modules = linear
+    if arguments.lora_first_layer:
+        config.layers_to_transform = list(
+            range(arguments.lora_first_layer, model.config.text_config.num_hidden_layers)
+        )
+    return config
+
+
+def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArguments, training: ClsGenSFTConfig):
+    """The task's model on its backbone, before the warm start."""
+    backbone = resolve_backbone(model_arguments.model_name_or_path)
+    kwargs: dict[str, Any] = {"revision": model_arguments.model_revision} if not Path(backbone).is_dir() else {}
+    quantization = get_quantization_config(model_arguments)
+    if quantization is not None:
+        # One whole copy a process: bitsandbytes places weights while it loads them.
+        kwargs.update(quantization_config=quantization, device_map={"": PartialState().process_index})
+    if model_arguments.attn_implementation:
+        kwargs["attn_implementation"] = model_arguments.attn_implementation
+    return ClsGenForCausalLMAndClassification.from_backbone(
+        backbone,
+        task=task.prompt,
+        labels=task.labels,
+        config_kwargs={
+            "max_prompt_length": training.max_length - training.max_explanation_length,
+            "cls_reads": parse_reads(arguments.cls_reads),
+        },
+        dtype=model_arguments.dtype or "float32",
+        **kwargs,
+    )
+
+
+def start_warm(
+    model: ClsGenForCausalLMAndClassification, rows: Dataset, arguments: TaskArguments, training: ClsGenSFTConfig
+) -> Probe:
+    """Fits the probe in the main process, and gives every process the same head."""
+    found: list[Any] = [None, None]
+    if training.process_index == 0:
+        found[0] = warm_start(model, rows, parse_reads(arguments.cls_reads), seed=training.seed)
+        found[1] = {name: tensor.cpu() for name, tensor in model.cls_head.state_dict().items()}
+    if training.world_size > 1:
+        broadcast_object_list(found)
+        model.set_reads(list(found[0].reads))
+        model.cls_head.load_state_dict(found[1])
+    return found[0]
+
+
+def calibrate(trainer: ClsGenSFTTrainer, config: Any, arguments: TaskArguments) -> dict[str, Any]:
+    """Fits temperature, bias and threshold on the validation split, writes them into `config`; returns its metrics."""
+    logits, labels = trainer.decisions(trainer.predict(trainer.eval_dataset, metric_key_prefix="validation"))
+    if len(set(labels.tolist())) < 2:
+        raise ValueError(
+            f"The validation split holds one class only ({set(labels.tolist())}): nothing to calibrate on."
+        )
+    temperature, bias = fit_temperature_and_bias(logits, labels)
+    probabilities = calibrated_probabilities(logits, temperature, bias)
+    config.calibration = {"temperature": temperature, "bias": bias}
+    config.threshold = choose_threshold(labels, probabilities, arguments.threshold_method, arguments.fixed_threshold)
+    return {
+        "validation": classification_metrics(labels, probabilities, config.threshold),
+        "validation_uncalibrated": classification_metrics(labels, calibrated_probabilities(logits, 1.0, 0.0), 0.5),
+    }
+
+
+def test(trainer: ClsGenSFTTrainer, config: Any, rows: Dataset, ids: list[str]) -> tuple[dict[str, Any], list[dict]]:
+    """Metrics of the test split, before and after calibration, and its predictions by id."""
+    logits, labels = trainer.decisions(trainer.predict(rows, metric_key_prefix="test"))
+    probabilities = calibrated_probabilities(logits, **config.calibration)
+    predictions = [
+        {"id": row_id, "label": int(label), "probability": float(p), "logit": float(logit)}
+        for row_id, label, p, logit in zip(ids, labels, probabilities, logits, strict=True)
+    ]
+    metrics = {
+        "test": classification_metrics(labels, probabilities, config.threshold),
+        "test_uncalibrated": classification_metrics(labels, calibrated_probabilities(logits, 1.0, 0.0), 0.5),
+    }
+    return metrics, predictions
+
+
+def describe_run(argv: list[str]) -> dict[str, Any]:
+    """Command, commit and versions, for a result file that somebody can make again."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "command": shlex.join(["python", "train_sft_cls.py", *argv]),
+        "commit": commit or None,
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report's splits as an aligned text table."""
+    lines = [f"{'':24}" + "".join(f"{name:>18}" for name in CARD_METRICS)]
+    for split in ("validation_uncalibrated", "validation", "test_uncalibrated", "test"):
+        if split in report:
+            values = [report[split][name] for name in CARD_METRICS]
+            lines.append(
+                f"{split:24}" + "".join("undefined".rjust(18) if math.isnan(v) else f"{v:18.3f}" for v in values)
+            )
+    return "\n".join(lines)
+
+
+def show_examples(folder: Path, task: Task, most: int) -> None:
+    """Loads the checkpoint as a user would, and prints predictions of the first test rows."""
+    rows = task.splits.get("test", task.splits["train"])
+    rows = rows.select(range(min(most, len(rows))))
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    texts = [{name: row[name] for name in task.fields} for row in rows]
+    for row, prediction in zip(rows, model.classify_and_explain(texts), strict=True):
+        print(f"\n[{row['id']}] " + " | ".join(f"{name}: {row[name]}" for name in task.fields))
+        print(f"  {prediction}")
+        gold = "none" if row["label"] is None else task.labels[int(row["label"])]
+        print(f"  gold label: {gold}; the LM alone: {prediction.lm_probability}")
+
+
+def prepare_output_dir(training: ClsGenSFTConfig, task: Task) -> Path:
+    """The run's folder, writable; `outputs/<task>` unless asked otherwise."""
+    if training.output_dir in (None, "trainer_output"):
+        training.output_dir = str(Path("outputs") / task.name)
+    folder = Path(training.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"`output_dir` {folder} is not writable ({error}): choose another with --output_dir.") from error
+    return folder
+
+
+def train(
+    task: Task, arguments: TaskArguments, training: ClsGenSFTConfig, model_arguments: ModelArguments
+) -> tuple[ClsGenSFTTrainer, Probe | None]:
+    """Builds the model, starts it warm and trains it; the trainer holds the result."""
+    model = build_model(task, arguments, model_arguments, training)
+    guided = training.explanation_mode == "guided"
+    rows = {
+        name: encode_rows(split, model.encoder, training.max_explanation_length, guided, name)
+        for name, split in task.splits.items()
+        if name != "test"
+    }
+    probe = start_warm(model, rows["train"], arguments, training) if arguments.warm_start else None
+    if "validation" not in rows:
+        logger.warning("The task has no validation split: no evaluation, no calibration, no choice of checkpoint.")
+        training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
+    callbacks = []
+    if arguments.early_stopping_patience and "validation" in rows:
+        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
+    trainer = ClsGenSFTTrainer(
+        model,
+        args=training,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),
+        peft_config=lora_config(model, model_arguments),
+        callbacks=callbacks,
+    )
+    resume = training.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
+        resume = last_complete_checkpoint(training.output_dir)
+        logger.info("Resuming from %s", resume or "the start: there is no complete checkpoint yet")
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, probe
+
+
+def finish(
+    trainer: ClsGenSFTTrainer, probe: Probe | None, task: Task, arguments: TaskArguments, report: dict[str, Any]
+) -> Path:
+    """Calibrates, tests, writes the checkpoint and the result files, and shows them."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, training = base.config, trainer.args
+    report["history"] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.eval_dataset is not None:
+        report.update(calibrate(trainer, config, arguments))
+    predictions = []
+    if "test" in task.splits:
+        labelled = task.splits["test"].filter(lambda row: row["label"] is not None)
+        rows = encode_rows(labelled, base.encoder, training.max_explanation_length, True, "test")
+        metrics, predictions = test(trainer, config, rows, labelled["id"])
+        report.update(metrics)
+    report.update(
+        cls_reads=config.cls_reads,
+        probe=None if probe is None else {"C": probe.inverse_penalty, "cv_auroc": probe.auroc},
+        calibration=config.calibration,
+        threshold=config.threshold,
+        pos_weight=config.pos_weight,
+        wall_seconds=round(time.time() - report.pop("started"), 1),
+        peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    )
+    output_dir = Path(training.output_dir)
+    if not trainer.is_world_process_zero():
+        return output_dir / "model"
+    if hasattr(model, "merge_and_unload") and arguments.merge_adapter:
+        base = model.merge_and_unload()
+    elif hasattr(model, "merge_and_unload"):
+        model.save_pretrained(output_dir / "adapter")
+    folder = write_checkpoint(base, output_dir / "model", report)
+    for results in filter(None, (output_dir, arguments.results_dir)):
+        write_json(Path(results) / "metrics.json", report)
+        write_json(Path(results) / "test_predictions.json", predictions)
+    return folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; see the module's docstring."""
+    argv = sys.argv[1:] if argv is None else argv
+    started = time.time()
+    recipe = [] if "--config" in argv else ["--config", str(DEFAULT_RECIPE)]
+    parser = TrlParser((TaskArguments, ClsGenSFTConfig, ModelArguments))
+    arguments, training, model_arguments = parser.parse_args_and_config([*recipe, *argv])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "datasets", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_seed(training.seed)
+    task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
+    output_dir = prepare_output_dir(training, task)
+    report = {
+        "task": task.name,
+        "base_model": model_arguments.model_name_or_path,
+        "seed": training.seed,
+        "train_rows": class_counts(task.splits["train"]),
+        "threshold_method": arguments.threshold_method,
+        **describe_run(argv),
+        "started": started,
+    }
+    trainer, probe = train(task, arguments, training, model_arguments)
+    folder = finish(trainer, probe, task, arguments, report)
+    if not trainer.is_world_process_zero():
+        return
+    print(f"\n{table(report)}")
+    print(
+        f"\n{report['wall_seconds']:.0f} s, peak memory {report['peak_memory_gib']:.1f} GiB; all of it in {output_dir}"
+    )
+    show_examples(folder, task, arguments.num_examples)
+    field_names = json.dumps(dict.fromkeys(task.fields, "..."))
+    print("\nUse it from anywhere:\n  from transformers import AutoModel")
+    print(f'  model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)')
+    print(f"  print(model.classify_and_explain({field_names}))")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""From a task's rows to the trainer's: token ids, and labels that sit on the tokens they belong to."""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers.data.data_collator import DataCollatorMixin
+from trl import pack_dataset
+
+from clsgen.modeling_clsgen import IGNORE_INDEX
+from clsgen.prompting_clsgen import PromptEncoder
+
+logger = logging.getLogger(__name__)
+ROW_COLUMNS = ["input_ids", "labels", "cls_labels"]
+
+
+def encode_rows(
+    dataset: Dataset,
+    encoder: PromptEncoder,
+    max_explanation_length: int,
+    guided: bool,
+    name: str = "train",
+    num_proc: int | None = None,
+) -> Dataset:
+    """Encodes rows of a task; every row with a label or an explanation comes out as one row.
+
+    A row without an explanation ends at its decision token and trains the head alone; one without a label has no
+    decision and trains the LM alone (without a verdict line, for there is no verdict to give).
+
+    Args:
+        dataset (`Dataset`): With the task's fields, `label` (0, 1 or null) and `explanation` (string or null), as
+            [`tasks.load_task`] gives it.
+        encoder (`PromptEncoder`): The model's.
+        max_explanation_length (`int`): Most tokens of verdict line, explanation and end of turn; a longer one is cut.
+        guided (`bool`): Whether the verdict line comes first.
+        name (`str`, *optional*): For the log.
+        num_proc (`int`, *optional*): Processes.
+
+    Returns:
+        `Dataset` with `input_ids`, `labels` (-100 on the prompt), `cls_labels` (-100 but at the decision token) and
+        `length`.
+
+    Raises:
+        ValueError: for a row with a text that cannot be encoded, or with neither label nor explanation.
+    """
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+        label, explanation = row["label"], row.get("explanation")
+        place = f"Row {row.get('id', index)!r} of {name}"
+        if label is None and not explanation:
+            raise ValueError(f"{place} has neither a label nor an explanation: there is nothing to train on.")
+        try:
+            prompt = encoder.encode({field: row[field] for field in encoder.prompt.fields})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{place}: {error}") from error
+        completion, cut = [], False
+        if explanation:
+            verdict = int(label) if guided and label is not None else None
+            completion, cut = encoder.encode_completion(explanation, verdict, max_explanation_length)
+        start = len(prompt.input_ids)
+        cls_labels = [float(IGNORE_INDEX)] * (start + len(completion))
+        if label is not None:
+            cls_labels[start - 1] = float(label)
+        return {
+            "input_ids": prompt.input_ids + completion,
+            "labels": [IGNORE_INDEX] * start + completion,
+            "cls_labels": cls_labels,
+            "length": start + len(completion),
+            "text_cut": prompt.truncated,
+            "explanation_cut": cut,
+        }
+
+    encoded = dataset.map(
+        encode,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name}",
+        load_from_cache_file=False,
+    )
+    logger.info(
+        "%s: %d rows in, %d out; %d texts cut in their middle, %d explanations cut at their end, %d tokens",
+        name, len(dataset), len(encoded), sum(encoded["text_cut"]), sum(encoded["explanation_cut"]),
+        sum(encoded["length"]),
+    )  # fmt: skip
+    return encoded.remove_columns(["text_cut", "explanation_cut"])
+
+
+def label_counts(rows: Dataset) -> dict[str, int]:
+    """How many decisions of each class, and how many labelled tokens, encoded rows hold."""
+    counts = {"positive": 0, "negative": 0, "decisions": 0, "tokens": 0}
+    for row in rows.select_columns(["labels", "cls_labels"]):
+        decisions = [label for label in row["cls_labels"] if label != IGNORE_INDEX]
+        counts["decisions"] += len(decisions)
+        counts["positive"] += sum(label >= 0.5 for label in decisions)
+        counts["negative"] += sum(label < 0.5 for label in decisions)
+        counts["tokens"] += sum(label != IGNORE_INDEX for label in row["labels"])
+    return counts
+
+
+def pack_rows(rows: Dataset, max_length: int, seed: int | None = None) -> Dataset:
+    """Packs encoded rows into sequences of at most `max_length` tokens, whole rows only (best fit decreasing).
+
+    Raises:
+        ValueError: where a row is longer than `max_length`, or a label would be lost.
+    """
+    longest = max(map(len, rows["input_ids"]))
+    if longest > max_length:
+        raise ValueError(
+            f"A row of {longest} tokens does not fit into packed sequences of {max_length}: raise `max_length`."
+        )
+    before = label_counts(rows)
+    packed = pack_dataset(rows.select_columns(ROW_COLUMNS), max_length, "bfd")
+    after = label_counts(packed)
+    if after != before:
+        raise ValueError(f"Packing would lose labels: {before} before, {after} after.")
+    logger.info("Packed %d rows into %d sequences of at most %d tokens", len(rows), len(packed), max_length)
+    return packed.shuffle(seed=seed) if seed is not None else packed
+
+
+@dataclass
+class DataCollatorForClsGen(DataCollatorMixin):
+    """Batches encoded rows.
+
+    Padding is on the left by default: completions then end in the same column, and the LM head is applied to fewer
+    columns (see [`supervised_positions`]).
+
+    Args:
+        pad_token_id (`int`): Fills padding; masked, so any id does.
+        padding_side (`str`, *optional*, defaults to `"left"`): Or `"right"`.
+        padding_free (`bool`, *optional*, defaults to `False`): One sequence instead of a padded batch, with
+            `position_ids` that restart at each row and no attention mask.
+        pad_to_multiple_of (`int`, *optional*): Pads lengths to a multiple of it.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForClsGen(pad_token_id=0)
+    >>> rows = [
+    ...     {"input_ids": [1, 2, 3], "labels": [-100, -100, 3], "cls_labels": [-100.0, 1.0, -100.0]},
+    ...     {"input_ids": [4, 5], "labels": [-100, -100], "cls_labels": [-100.0, 0.0]},
+    ... ]
+    >>> collator(rows)
+    {'input_ids': tensor([[1, 2, 3], [0, 4, 5]]),
+     'attention_mask': tensor([[1, 1, 1], [0, 1, 1]]),
+     'labels': tensor([[-100, -100, 3], [-100, -100, -100]]),
+     'cls_labels': tensor([[-100., 1., -100.], [-100., -100., 0.]])}
+    >>> replace(collator, padding_free=True)(rows)
+    {'input_ids': tensor([[1, 2, 3, 4, 5]]),
+     'position_ids': tensor([[0, 1, 2, 0, 1]]),
+     'labels': tensor([[-100, -100, 3, -100, -100]]),
+     'cls_labels': tensor([[-100., 1., -100., -100., 0.]])}
+    ```
+    """
+
+    pad_token_id: int
+    padding_side: str = "left"
+    padding_free: bool = False
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if self.padding_free:
+            lengths = [n for row in examples for n in row.get("seq_lengths") or [len(row["input_ids"])]]
+            joined = {name: [value for row in examples for value in row[name]] for name in ROW_COLUMNS}
+            positions = [position for n in lengths for position in range(n)]
+            # A row's first token is not a target of the row before.
+            labels = [IGNORE_INDEX if p == 0 else label for p, label in zip(positions, joined["labels"], strict=True)]
+            return self._tensors(
+                [joined["input_ids"]], [labels], [joined["cls_labels"]], position_ids=torch.tensor([positions])
+            )
+        length = max(len(row["input_ids"]) for row in examples)
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+        def pad(values: list, fill: float) -> list:
+            padding = [fill] * (length - len(values))
+            return padding + list(values) if self.padding_side == "left" else list(values) + padding
+
+        mask = torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in examples])
+        return self._tensors(
+            [pad(row["input_ids"], self.pad_token_id) for row in examples],
+            [pad(row["labels"], IGNORE_INDEX) for row in examples],
+            [pad(row["cls_labels"], IGNORE_INDEX) for row in examples],
+            attention_mask=mask,
+        )
+
+    @staticmethod
+    def _tensors(input_ids: list, labels: list, cls_labels: list, **others: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": torch.tensor(input_ids),
+            **others,
+            "labels": torch.tensor(labels),
+            "cls_labels": torch.tensor(cls_labels, dtype=torch.float32),
+        }
+
+    def padded(self) -> "DataCollatorForClsGen":
+        """The same without `padding_free`: one row of the batch per row of the data, as evaluation needs it."""
+        return replace(self, padding_free=False)

@@ -1,0 +1,188 @@
+"""The warm start: a linear probe on the frozen backbone becomes the head that fine-tuning starts from.
+
+Fine-tuning from a random head distorts features that are good already (Kumar et al. 2022, "Fine-Tuning can Distort
+Pretrained Features and Underperform Out-of-Distribution": linear probe, then fine-tune).
+"""
+
+import logging
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm.auto import tqdm
+
+from clsgen.modeling_clsgen import IGNORE_INDEX, ClsGenForCausalLMAndClassification
+from clsgen.training_rows import DataCollatorForClsGen
+
+logger = logging.getLogger(__name__)
+INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+Read = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear probe: what it reads, its inverse L2 penalty `C`, and its cross-validated quality."""
+
+    reads: tuple[Read, ...]
+    inverse_penalty: float
+    log_loss: float
+    auroc: float
+
+
+def candidate_reads(num_hidden_layers: int) -> list[tuple[Read, ...]]:
+    """Head forms worth trying, the simplest first: the stock form, one middle layer, and a mean with a decision.
+
+    Middle layers (40 to 80% of the depth, at most six) hold the most about a decision in models of all sizes.
+    """
+    low, high = round(0.4 * num_hidden_layers), round(0.8 * num_hidden_layers)
+    middle = sorted({int(layer) for layer in np.linspace(low, high, 6).round()} - {0})
+    singles = [((layer, pooling),) for pooling, layer in product(("decision", "mean"), middle)]
+    pairs = [((first, "mean"), (second, "decision")) for first, second in product(middle, middle)]
+    return [((-1, "decision"),), *singles, *pairs]
+
+
+@torch.inference_mode()
+def extract_features(
+    model: ClsGenForCausalLMAndClassification, rows: Dataset, layers: list[int], batch_size: int = 8
+) -> tuple[dict[Read, np.ndarray], np.ndarray]:
+    """Features of the frozen backbone at each row's decision, by one forward pass over the prompts.
+
+    Args:
+        model (`ClsGenForCausalLMAndClassification`): Not wrapped by PEFT.
+        rows (`Dataset`): Encoded rows, see [`encode_rows`]; those without a label are passed over.
+        layers (`list[int]`): Indices into `hidden_states`.
+        batch_size (`int`, *optional*, defaults to 8): Rows a forward pass.
+
+    Returns:
+        Features by read, each float32 of shape `(labelled_rows, hidden_size)`, and labels of shape `(labelled_rows,)`.
+    """
+    prompts, labels = [], []
+    for row in rows.select_columns(["input_ids", "cls_labels"]):
+        cls_labels = np.asarray(row["cls_labels"])
+        for position in np.flatnonzero(cls_labels != IGNORE_INDEX):
+            prompts.append(row["input_ids"][: position + 1])
+            labels.append(cls_labels[position])
+    order = np.argsort([-len(prompt) for prompt in prompts])
+    size = (len(prompts), model.config.text_config.hidden_size)
+    features = {read: np.zeros(size, dtype=np.float32) for read in product(layers, ("decision", "mean"))}
+    collator = DataCollatorForClsGen(pad_token_id=0)
+    was_training = model.training
+    model.eval()
+    with tqdm(total=len(prompts), desc="Reading frozen features", unit="text") as progress:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = collator([dict.fromkeys(("input_ids", "labels", "cls_labels"), prompts[i]) for i in indices])
+            mask = batch["attention_mask"].to(model.device)
+            hidden_states = model(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=mask,
+                use_cache=False,
+                logits_to_keep=torch.empty(0, dtype=torch.long, device=model.device),
+                output_hidden_states=layers,
+            ).hidden_states
+            for layer in layers:
+                hidden = hidden_states[layer].float()  # (batch_size, sequence_length, hidden_size)
+                weights = mask[..., None] / mask.sum(dim=1)[:, None, None]
+                features[layer, "decision"][indices] = hidden[:, -1].cpu().numpy()
+                features[layer, "mean"][indices] = (hidden * weights).sum(dim=1).cpu().numpy()
+            progress.update(len(indices))
+    model.train(was_training)
+    return features, np.asarray(labels)
+
+
+def _cross_validate(
+    features: np.ndarray, labels: np.ndarray, reads: tuple[Read, ...], folds: StratifiedKFold
+) -> Probe:
+    best = None
+    for inverse_penalty in INVERSE_PENALTIES:
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=1000))
+        probabilities = cross_val_predict(probe, features, labels, cv=folds, method="predict_proba")[:, 1]
+        found = Probe(reads, inverse_penalty, log_loss(labels, probabilities), roc_auc_score(labels, probabilities))
+        if best is None or found.log_loss < best.log_loss:
+            best = found
+    return best
+
+
+def choose_probe(
+    features: dict[Read, np.ndarray], labels: np.ndarray, candidates: list[tuple[Read, ...]], seed: int = 0
+) -> Probe:
+    """The head form and penalty of the lowest 5-fold cross-validated log loss.
+
+    Pairs are tried only of the layers that rank among the best three alone.
+
+    Raises:
+        ValueError: with fewer than two training rows in a class.
+    """
+    counts = np.bincount(labels.astype(int), minlength=2)
+    if counts.min() < 2:
+        raise ValueError(f"The warm start needs at least 2 training rows of each class, got {counts.tolist()}.")
+    folds = StratifiedKFold(min(5, int(counts.min())), shuffle=True, random_state=seed)
+    probes: list[Probe] = []
+    for reads in sorted(candidates, key=len):
+        parts = [{probe.reads for probe in _best(probes, pooling)} for _, pooling in reads]
+        if len(reads) > 1 and all(parts) and not all((r,) in part for r, part in zip(reads, parts, strict=True)):
+            continue
+        columns = np.concatenate([features[read] for read in reads], axis=1)
+        probes.append(_cross_validate(columns, labels, reads, folds))
+    best = min(probes, key=lambda probe: probe.log_loss)
+    for probe in sorted(probes, key=lambda probe: probe.log_loss)[:5]:
+        logger.info("Probe %s: cross-validated log loss %.4f, AUROC %.3f", probe.reads, probe.log_loss, probe.auroc)
+    return best
+
+
+def _best(probes: list[Probe], pooling: str, most: int = 3) -> list[Probe]:
+    alone = [probe for probe in probes if len(probe.reads) == 1 and probe.reads[0][1] == pooling]
+    return sorted(alone, key=lambda probe: probe.log_loss)[:most]
+
+
+def warm_start(
+    model: ClsGenForCausalLMAndClassification,
+    rows: Dataset,
+    reads: list[Read] | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Probe:
+    """Fits the head on frozen features and writes it into the model.
+
+    Features are standardised for the fit, and that is folded into the head's weights.
+
+    Args:
+        model (`ClsGenForCausalLMAndClassification`): Gets `cls_reads` and head weights.
+        rows (`Dataset`): Encoded training rows.
+        reads (`list[tuple[int, str]]`, *optional*): What the head reads; chosen by cross-validation on the training
+            rows where `None`.
+        batch_size, seed (`int`, *optional*): Of the forward pass, and of the folds.
+
+    Returns:
+        [`Probe`]: What was fitted.
+
+    Raises:
+        ValueError: with fewer than two training rows in a class.
+    """
+    depth = model.config.text_config.num_hidden_layers
+    candidates = [tuple(tuple(read) for read in reads)] if reads else candidate_reads(depth)
+    layers = sorted({layer for candidate in candidates for layer, _ in candidate})
+    features, labels = extract_features(model, rows, layers, batch_size)
+    labels = (labels >= 0.5).astype(int)
+    probe = choose_probe(features, labels, candidates, seed)
+    columns = np.concatenate([features[read] for read in probe.reads], axis=1).astype(np.float64)
+    scaler = StandardScaler().fit(columns)
+    regression = LogisticRegression(C=probe.inverse_penalty, max_iter=5000).fit(scaler.transform(columns), labels)
+    weight = regression.coef_ / scaler.scale_
+    bias = regression.intercept_ - weight @ scaler.mean_
+    model.set_reads(list(probe.reads))
+    with torch.no_grad():
+        model.cls_head.weight.copy_(torch.as_tensor(weight))
+        model.cls_head.bias.copy_(torch.as_tensor(bias))
+    logger.info(
+        "Warm start: the head reads %s, C=%g, cross-validated AUROC %.3f, log loss %.4f",
+        list(probe.reads), probe.inverse_penalty, probe.auroc, probe.log_loss,
+    )  # fmt: skip
+    return probe
