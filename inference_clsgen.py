@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, DynamicCache, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .prompting_clsgen import EncodedPrompt, PromptEncoder, TaskPrompt
@@ -199,14 +199,16 @@ class ClsGenInferenceMixin:
     def _explain_batch(
         self, prompts: list[EncodedPrompt], batch: BatchEncoding, mode: str, generate_kwargs: dict[str, Any]
     ) -> list[Prediction]:
-        prefill = self(**batch, use_cache=True, logits_to_keep=1)
+        cache = DynamicCache(config=self.config.text_config)
+        if mode == "free":
+            cache.activate_past_recording()  # sliding windows can be cropped then
+        prefill = self(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         predictions = self.predictions(prefill.cls_logits[:, -1].cpu(), prompts)
         lm_probabilities = [None] * len(prompts)
         if mode == "guided":
             lm_probabilities = self._lm_probabilities(prefill, batch["attention_mask"]).tolist()
             verdicts = self._pad_left([self.encoder.encode_verdict(p.label_id) for p in predictions])
             batch = {name: torch.cat([batch[name], verdicts[name]], dim=1) for name in batch}
-        cache = prefill.past_key_values
         if mode == "free":
             cache.crop(-1)  # the cache holds the whole prompt, and generate needs a token to start from
         if "max_length" not in generate_kwargs:

@@ -1,0 +1,134 @@
+"""The command line, from a task folder to a checkpoint that answers; and what it refuses."""
+
+import json
+import math
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModel
+
+from clsgen.checkpoint_folder import write_checkpoint
+from clsgen.classification_metrics import classification_metrics
+from clsgen.tasks import load_task
+from clsgen.train_sft_cls import main, parse_reads
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    """A task with a word that tells the label."""
+    folder = tmp_path / "task"
+    folder.mkdir()
+    spec = {
+        "name": "tiny",
+        "template": "Findings: {findings}\n\nClaim: {claim}",
+        "document": "findings",
+        "question": "Do they?",
+        "labels": ["no_support", "support"],
+        "verdicts": ["not supported", "supported"],
+        "data_files": {name: f"{name}.jsonl" for name in ("train", "validation", "test")},
+    }
+    (folder / "task.yaml").write_text(yaml.safe_dump(spec))
+    for name, size in (("train", 24), ("validation", 12), ("test", 10)):
+        rows = [
+            {"id": f"{name}{i}", "findings": f"{'zzzz' if i % 2 else 'aaaa'} {i}", "claim": f"Drug {i}.",
+             "label": i % 2, "explanation": None if i % 5 == 0 else "Seen."}
+            for i in range(size)
+        ]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(task_folder, backbone, output_dir, *more):
+    return [
+        "--task", str(task_folder), "--model_name_or_path", backbone, "--output_dir", str(output_dir),
+        "--max_length", "300", "--max_explanation_length", "40", "--max_steps", "4", "--eval_strategy", "steps",
+        "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2", "--lora_first_layer", "0",
+        "--lora_r", "2", "--num_examples", "2", *more,
+    ]  # fmt: skip
+
+
+def test_main_job_from_a_folder_to_a_checkpoint(task_folder, backbones, tmp_path, capsys):
+    output = tmp_path / "out"
+    results = tmp_path / "results"
+    main(
+        command(task_folder, backbones["llama"], output, "--results_dir", str(results), "--threshold_method", "youden")
+    )
+    report = json.loads((output / "metrics.json").read_text())
+    assert {"auroc", "average_precision", "f1", "brier", "ece", "accuracy"} <= set(report["test"])
+    assert {"seed", "command", "versions", "wall_seconds", "validation", "test_uncalibrated"} <= set(report)
+    assert report["train_rows"] == {"rows": 24, "positive": 12, "negative": 12, "unlabelled": 0, "explained": 19}
+    assert json.loads((results / "metrics.json").read_text()) == report
+
+    shown = capsys.readouterr().out
+    assert "test_uncalibrated" in shown
+    assert "trust_remote_code=True" in shown
+
+    model = AutoModel.from_pretrained(output / "model", trust_remote_code=True)
+    test = load_task(task_folder).splits["test"]
+    predictions = model.classify([{"findings": row["findings"], "claim": row["claim"]} for row in test])
+    saved = json.loads((output / "test_predictions.json").read_text())
+    assert [p.probability for p in predictions] == pytest.approx([row["probability"] for row in saved], abs=1e-4)
+    again = classification_metrics(test["label"], [p.probability for p in predictions], model.config.threshold)
+    assert again["auroc"] == pytest.approx(report["test"]["auroc"])
+    assert again["ece"] == pytest.approx(report["test"]["ece"], abs=1e-3)
+    card = ModelCard.load(output / "model" / "README.md")
+    assert f"| test | {report['test']['auroc']:.3f} |" in str(card)
+    assert model.config.label_names == ["no_support", "support"]
+
+
+def test_without_a_validation_split_calibration_is_skipped_and_the_card_says_so(task_folder, backbones, tmp_path):
+    spec = yaml.safe_load((task_folder / "task.yaml").read_text())
+    del spec["data_files"]["validation"]
+    (task_folder / "task.yaml").write_text(yaml.safe_dump(spec))
+    main(command(task_folder, backbones["llama"], tmp_path / "out", "--use_peft", "false", "--num_examples", "0"))
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "validation" not in report
+    assert report["calibration"] == {"temperature": 1.0, "bias": 0.0}
+    assert "no validation split" in (tmp_path / "out" / "model" / "README.md").read_text()
+
+
+def test_flags_override_the_recipe_and_unknown_keys_are_errors(task_folder, backbones, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("cls_loss_wieght: 0.3\n")
+    with pytest.raises(ValueError, match="cls_loss_wieght"):
+        main(["--config", str(recipe), *command(task_folder, backbones["llama"], tmp_path / "out")])
+    recipe.write_text("seed: 3\ncls_reads: ['1:mean']\nreport_to: none\nactivation_checkpointing: false\n")
+    arguments = command(task_folder, backbones["llama"], tmp_path / "out", "--seed", "4", "--num_examples", "0")
+    main(["--config", str(recipe), *arguments])
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (report["seed"], report["cls_reads"]) == (4, [[1, "mean"]])
+
+
+def test_bad_arguments_are_named(task_folder, backbones, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match="is not writable"):
+        main(command(task_folder, backbones["llama"], blocked / "out"))
+    with pytest.raises(ValueError, match="cls_reads"):
+        parse_reads(["middle"])
+    assert parse_reads(["14:mean", "-1:decision"]) == [(14, "mean"), (-1, "decision")]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(model, tmp_path, monkeypatch):
+    report = {
+        "base_model": "tiny",
+        "task": "tiny",
+        "command": "c",
+        "seed": 0,
+        "train_rows": 1,
+        "threshold_method": "f1",
+    }
+    folder = write_checkpoint(model, tmp_path / "model", report)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model.cls_head.weight.data += 1
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_checkpoint(model, tmp_path / "model", report)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert math.isfinite(model.classify("text").probability)

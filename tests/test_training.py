@@ -1,0 +1,297 @@
+"""The trainer: gradients don't depend on how a step is cut, both heads move, nothing vanishes, runs resume exactly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build
+from peft import LoraConfig, PromptTuningConfig
+from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
+from torch.nn import functional as F
+
+from clsgen.modeling_clsgen import IGNORE_INDEX
+from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer, last_complete_checkpoint
+from clsgen.training_rows import DataCollatorForClsGen, encode_rows, label_counts, pack_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def arguments(folder, **kwargs):
+    settings = {
+        "max_length": 460, "max_explanation_length": 60, "max_steps": 2, "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3, "lr_scheduler_type": "constant", "activation_checkpointing": False,
+        "report_to": "none", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+    }  # fmt: skip
+    return ClsGenSFTConfig(str(folder), **{**settings, **kwargs})
+
+
+def weights(model, part):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if part in name and p.requires_grad}
+
+
+def moved(before, after):
+    return {name: (after[name] - before[name]).abs().max().item() for name in before}
+
+
+def test_rows_carry_labels_on_their_tokens(model, task_rows):
+    rows = encode_rows(task_rows, model.encoder, 60, guided=True)
+    assert len(rows) == len(task_rows)
+    for row, source in zip(rows, task_rows, strict=True):
+        prompt = model.encoder.encode({"findings": source["findings"], "claim": source["claim"]}).input_ids
+        assert row["input_ids"][: len(prompt)] == prompt
+        decisions = {i: label for i, label in enumerate(row["cls_labels"]) if label != IGNORE_INDEX}
+        assert decisions == ({} if source["label"] is None else {len(prompt) - 1: source["label"]})
+        completion = [i for i in row["labels"] if i != IGNORE_INDEX]
+        assert completion == row["input_ids"][len(prompt) :]
+        text = model.tokenizer.decode(completion)
+        if source["explanation"] is None:
+            assert text == ""
+        elif source["label"] is None:
+            assert text.startswith("It fell")
+        else:
+            assert text.startswith(f"Verdict: {['not supported', 'supported'][int(source['label'])]}.\nIt fell")
+    free = encode_rows(task_rows, model.encoder, 60, guided=False)
+    assert all("Verdict" not in model.tokenizer.decode(row["input_ids"]) for row in free)
+
+
+def test_a_row_that_trains_nothing_is_an_error(model, task_rows):
+    empty = task_rows.map(lambda row: {"label": None, "explanation": None} if row["id"] == "3" else row)
+    with pytest.raises(ValueError, match="Row '3' of train has neither"):
+        encode_rows(empty, model.encoder, 60, guided=True)
+
+
+def test_collator_as_its_docstring_shows():
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": [-100, -100, 3], "cls_labels": [-100.0, 1.0, -100.0]},
+        {"input_ids": [4, 5], "labels": [-100, -100], "cls_labels": [-100.0, 0.0]},
+    ]
+    collator = DataCollatorForClsGen(pad_token_id=0)
+    batch = collator(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 4, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, 3], [-100, -100, -100]]
+    assert batch["cls_labels"].tolist() == [[-100.0, 1.0, -100.0], [-100.0, -100.0, 0.0]]
+    flat = DataCollatorForClsGen(pad_token_id=0, padding_free=True)(rows)
+    assert "attention_mask" not in flat
+    assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert flat["cls_labels"].tolist() == [[-100.0, 1.0, -100.0, -100.0, 0.0]]
+
+
+def test_packing_loses_no_label(model, task_rows):
+    rows = encode_rows(task_rows, model.encoder, 60, guided=True)
+    packed = pack_rows(rows, 800, seed=0)
+    assert len(packed) < len(rows)
+    assert label_counts(packed) == label_counts(rows)
+    with pytest.raises(ValueError, match="does not fit into packed sequences"):
+        pack_rows(rows, 50)
+
+
+def step_gradients(backbone, task_rows, folder, **kwargs):
+    """Gradients of one optimizer step over all rows, by parameter, and the logged losses."""
+    model = build(backbone)
+    gradients = {}
+    trainer = ClsGenSFTTrainer(
+        model, arguments(folder, max_steps=1, max_grad_norm=0, **kwargs), train_dataset=task_rows
+    )
+
+    def keep(optimizer, *_):
+        gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    return gradients, trainer.state.log_history[0]
+
+
+def assert_same_gradients(one, other, tolerance=1e-5):
+    assert one.keys() == other.keys()
+    for name in one:
+        scale = one[name].abs().max().clamp(min=1e-8)
+        assert (one[name] - other[name]).abs().max() <= tolerance * scale, name
+
+
+def test_gradients_do_not_depend_on_how_the_step_is_cut(backbones, task_rows, tmp_path):
+    rows = task_rows.select(range(8))
+    whole, log = step_gradients(backbones["llama"], rows, tmp_path, per_device_train_batch_size=8)
+    for kwargs in (
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"per_device_train_batch_size": 8, "padding_side": "right"},
+        {"per_device_train_batch_size": 8, "padding_free": True},
+        {"per_device_train_batch_size": 8, "packing": True, "max_length": 2000, "max_explanation_length": 1600},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "activation_checkpointing": True},
+    ):
+        if kwargs.get("packing"):
+            kwargs["max_explanation_length"] = 60
+        cut, cut_log = step_gradients(backbones["llama"], rows, tmp_path, **kwargs)
+        assert_same_gradients(whole, cut)
+        for name in ("loss", "lm_loss", "cls_loss"):
+            assert cut_log[name] == pytest.approx(log[name], rel=1e-5), (kwargs, name)
+
+
+DISTRIBUTED = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import torch
+from datasets import load_from_disk
+from test_training import step_gradients
+batch_size = int(sys.argv[5])
+gradients, log = step_gradients(sys.argv[2], load_from_disk(sys.argv[3]), sys.argv[4],
+                                per_device_train_batch_size=batch_size, seed=0)
+from accelerate import PartialState
+if PartialState().is_main_process:
+    torch.save({"gradients": gradients, "log": log}, sys.argv[4] + "/gradients.pt")
+"""
+
+
+def launch(tmp_path, script, *script_arguments):
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
+               "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               str(tmp_path / "script.py"), *map(str, script_arguments)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_two_processes_give_the_same_gradients_and_a_rank_without_labels_does_not_hang(backbones, task_rows, tmp_path):
+    # Length-grouped order puts the longest rows first; rank 0 gets rows with explanations and rank 1 none.
+    rows = task_rows.select(range(4)).map(
+        lambda row, i: {
+            "findings": "x " * (60 if i < 2 else 10),
+            "label": None if i < 2 else row["label"],
+            "explanation": "It fell." if i < 2 else None,
+        },
+        with_indices=True,
+    )
+    rows = rows.map(lambda row, i: {"label": float(i % 2) if i >= 2 else None}, with_indices=True)
+    rows.save_to_disk(tmp_path / "rows")
+    whole, log = step_gradients(backbones["llama"], rows, tmp_path, per_device_train_batch_size=4)
+    launch(tmp_path, DISTRIBUTED, ROOT, backbones["llama"], tmp_path / "rows", tmp_path, 2)
+    result = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert_same_gradients(whole, {name.removeprefix("module."): g for name, g in result["gradients"].items()})
+    for name in ("loss", "lm_loss", "cls_loss"):
+        assert result["log"][name] == pytest.approx(log[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_both_heads_move(model, task_rows, tmp_path, use_lora):
+    lora = LoraConfig(r=2, target_modules="all-linear") if use_lora else None
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path), train_dataset=task_rows, peft_config=lora)
+    parts = ["cls_head", "lora_B" if use_lora else "lm.lm_head", "lora_B" if use_lora else "lm.model.layers"]
+    if not use_lora:
+        parts[1] = "embed_tokens"  # tied with the LM head
+    before = {part: weights(trainer.model, part) for part in parts}
+    trainer.train()
+    for part in parts:
+        changes = moved(before[part], weights(trainer.model, part))
+        assert changes, part
+        assert all(change > 0 for change in changes.values()), (part, changes)
+    assert all(p.dtype == torch.float32 for n, p in trainer.model.named_parameters() if "cls_head" in n)
+
+
+def test_lora_checkpoint_reloads_and_merges_to_the_same_probability(model, backbones, task_rows, texts, tmp_path):
+    from peft import PeftModel
+
+    trainer = ClsGenSFTTrainer(
+        model, arguments(tmp_path), train_dataset=task_rows, peft_config=LoraConfig(r=2, target_modules="all-linear")
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    expected = [p.probability for p in model.classify(texts)]
+    reloaded = PeftModel.from_pretrained(build(backbones["llama"]), tmp_path / "adapter")
+    assert [p.probability for p in reloaded.get_base_model().classify(texts)] == pytest.approx(expected, abs=1e-6)
+    merged = reloaded.merge_and_unload()
+    assert [p.probability for p in merged.classify(texts)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_evaluation_metrics_are_those_of_the_heads_probabilities(model, task_rows, tmp_path):
+    trainer = ClsGenSFTTrainer(
+        model, arguments(tmp_path, pos_weight="3", per_device_eval_batch_size=3), task_rows, eval_dataset=task_rows
+    )
+    metrics = trainer.evaluate()
+    labelled = task_rows.filter(lambda row: row["label"] is not None)
+    predictions = model.classify([{name: row[name] for name in ("findings", "claim")} for row in labelled])
+    labels, probabilities = labelled["label"], [p.probability for p in predictions]
+    assert metrics["eval_auroc"] == pytest.approx(roc_auc_score(labels, probabilities))
+    assert metrics["eval_average_precision"] == pytest.approx(average_precision_score(labels, probabilities))
+    assert metrics["eval_brier"] == pytest.approx(brier_score_loss(labels, probabilities), abs=1e-6)
+    assert metrics["eval_f1"] == pytest.approx(f1_score(labels, [p >= 0.5 for p in probabilities]))
+    logits = torch.tensor([p.logit for p in predictions]) + torch.tensor(3.0).log()
+    expected = F.binary_cross_entropy_with_logits(logits, torch.tensor(labels), pos_weight=torch.tensor(3.0))
+    assert metrics["eval_cls_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_lm_loss"] + metrics["eval_cls_loss"], rel=1e-6)
+
+
+def test_balanced_pos_weight_and_head_learning_rate(model, task_rows, tmp_path):
+    rows = task_rows.select([0, 2, 4, 1])
+    trainer = ClsGenSFTTrainer(
+        model, arguments(tmp_path, pos_weight="balanced", cls_learning_rate=0.5), train_dataset=rows
+    )
+    assert model.config.pos_weight == 3.0
+    optimizer = trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in model.cls_head.parameters()} == {0.5}
+    assert {rates[id(p)] for p in model.lm.parameters()} == {1e-3}
+
+
+def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(backbones, task_rows, tmp_path):
+    def run(folder, resume=None, **kwargs):
+        model = build(backbones["llama"])
+        settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear"}
+        trainer = ClsGenSFTTrainer(
+            model,
+            arguments(folder, **{**settings, **kwargs}),
+            train_dataset=task_rows,
+            peft_config=LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return {e["step"]: (e["loss"], e["lm_loss"], e["cls_loss"]) for e in trainer.state.log_history if "loss" in e}
+
+    whole = run(tmp_path / "whole")
+    # Steps 4 and 5 lie in the second epoch.
+    resumed = run(tmp_path / "resumed", resume=tmp_path / "whole" / "checkpoint-5")
+    assert resumed[6] == pytest.approx(whole[6], rel=1e-6)
+    resumed = run(tmp_path / "resumed", resume=tmp_path / "whole" / "checkpoint-3")
+    for step in (4, 5, 6):
+        assert resumed[step] == pytest.approx(whole[step], rel=1e-6)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(model, task_rows, tmp_path, monkeypatch):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path, **settings), train_dataset=task_rows)
+    trainer.train()
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-1")
+    (tmp_path / "checkpoint-2").write_text("a file stands where the folder would be")
+    trainer.state.global_step = 2
+    with pytest.raises(OSError, match="could not be written"):
+        trainer._save_checkpoint(trainer.model, trial=None)
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-1")
+
+
+def test_refusals(model, task_rows, tmp_path):
+    with pytest.raises(TypeError, match="from_backbone"):
+        ClsGenSFTTrainer(model.lm, arguments(tmp_path), train_dataset=task_rows)
+    with pytest.raises(ValueError, match="Prompt-learning"):
+        ClsGenSFTTrainer(model, arguments(tmp_path), task_rows, peft_config=PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="needs training rows of both classes"):
+        ClsGenSFTTrainer(model, arguments(tmp_path, pos_weight="balanced"), task_rows.select([0, 2]))
+    for kwargs, message in (
+        ({"pos_weight": "-1"}, "pos_weight"),
+        ({"pos_weight": "much"}, "pos_weight"),
+        ({"lm_weight": 0.0, "cls_weight": 0.0}, "nothing to train"),
+        ({"max_length": 50}, "must be larger than"),
+        ({"loss_type": "dft"}, "loss_type"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            arguments(tmp_path, **kwargs)
+
+
+def test_sampling_groups_by_length_on_a_cpu(tmp_path):
+    assert arguments(tmp_path).train_sampling_strategy == "group_by_length"
+    assert arguments(tmp_path, train_sampling_strategy="random").train_sampling_strategy == "random"
+    json.dumps(arguments(tmp_path).to_dict())
