@@ -2,9 +2,11 @@
 
 import csv
 import importlib.util
+import io
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +26,19 @@ OPTIONAL_KEYS = {
     "system_prompt", "label_column", "explanation_column", "id_column", "data_files", "dataset", "revision",
     "config_name", "prepare", "credentialed", "license",
 }  # fmt: skip
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-LABELS = {0: 0.0, 1: 1.0, "0": 0.0, "1": 1.0}  # False, True, 0.0 and 1.0 equal 0 and 1
+TEXT_KEYS = (REQUIRED_KEYS | OPTIONAL_KEYS) - {"labels", "verdicts", "data_files", "credentialed"}
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+LABELS = {0: 0.0, 1: 1.0, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}  # False, True, 0.0 and 1.0 equal 0 and 1
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The rows of one split as they are: where they come from, their columns, and each with its place there."""
+
+    split: str
+    origin: str
+    columns: list[str]
+    rows: Iterable[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,12 @@ class Task:
         return TaskPrompt.from_dict(self.prompt).fields
 
 
-def load_task(name_or_path: str | Path, data_dir: str | None = None, on_bad_row: str = "error") -> Task:
+def load_task(
+    name_or_path: str | Path,
+    data_dir: str | None = None,
+    on_bad_row: str = "error",
+    log: logging.Logger = logger,
+) -> Task:
     """Loads and checks a task.
 
     Args:
@@ -63,19 +81,24 @@ def load_task(name_or_path: str | Path, data_dir: str | None = None, on_bad_row:
         data_dir (`str`, *optional*): The source from which the task's `prepare.py` builds its data files.
         on_bad_row (`"error"` or `"skip"`): What becomes of a row with an empty text or an impossible label; skipped
             rows are counted in the log.
+        log (`logging.Logger`): Where the counts of each split go.
 
     Raises:
         FileNotFoundError: for a task or data file that is not there.
         ValueError: for a `task.yaml` or data that cannot be used, naming file, row and what is wrong.
     """
+    if on_bad_row not in ("error", "skip"):
+        raise ValueError(f"`on_bad_row` is 'error' or 'skip', got {on_bad_row!r}.")
     folder = _find_folder(name_or_path)
     spec = _read_spec(folder / "task.yaml")
     if data_dir is not None or (spec.get("prepare") and not _all_files_exist(folder, spec)):
         _prepare(folder, spec, data_dir)
     splits, seen = DatasetDict(), {}
-    for name, (origin, rows) in _load_raw(folder, spec).items():
-        splits[name] = _normalise(rows, spec, name, origin, on_bad_row, seen)
-        logger.info("%s/%s: %s", spec["name"], name, _in_words(class_counts(splits[name])))
+    for source in _load_raw(folder, spec):
+        splits[source.split], skipped = _normalise(source, spec, seen, on_bad_row)
+        for problem, count in skipped.items():
+            log.warning("%s: skipped %d row(s): %s", source.origin, count, problem)
+        log.info("%s/%s: %s", spec["name"], source.split, _in_words(class_counts(splits[source.split])))
     counts = class_counts(splits["train"])
     if not counts["positive"] or not counts["negative"]:
         raise ValueError(
@@ -120,27 +143,68 @@ def _find_folder(name_or_path: str | Path) -> Path:
 def _read_spec(path: Path) -> dict[str, Any]:
     try:
         spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     keys = set(spec) if isinstance(spec, dict) else set()
     unknown, missing = keys - REQUIRED_KEYS - OPTIONAL_KEYS, REQUIRED_KEYS - keys
     if unknown or missing:
         raise ValueError(
-            f"{path}: unknown key(s) {sorted(unknown)}, missing key(s) {sorted(missing)}. Required: "
+            f"{path}: unknown key(s) {sorted(map(str, unknown))}, missing key(s) {sorted(missing)}. Required: "
             f"{sorted(REQUIRED_KEYS)}; optional: {sorted(OPTIONAL_KEYS)}."
         )
-    if ("data_files" in spec) == ("dataset" in spec):
-        raise ValueError(f"{path}: give either `data_files` or `dataset`.")
-    if not isinstance(spec["labels"], list) or len(spec["labels"]) != 2:
-        raise ValueError(f"{path}: `labels` must name label 0 and label 1, got {spec['labels']!r}.")
-    try:
-        TaskPrompt.from_dict({key: spec[key] for key in PROMPT_KEYS if key in spec})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    files = spec.get("data_files") or {}
-    if spec.get("data_files") is not None and ("train" not in files or set(files) - set(SPLITS)):
-        raise ValueError(f"{path}: `data_files` needs `train`, and takes {SPLITS}, got {sorted(files)}.")
+    for problem in (*_value_problems(spec), *_file_problems(spec)):
+        raise ValueError(f"{path}: {problem}")
     return spec
+
+
+def _value_problems(spec: dict[str, Any]) -> Iterator[str]:
+    for key in sorted(TEXT_KEYS & set(spec)):
+        if not isinstance(spec[key], str):
+            yield f"`{key}` must be a string, got {spec[key]!r}."
+            return
+    if not isinstance(spec.get("credentialed", False), bool):
+        yield f"`credentialed` must be true or false, got {spec['credentialed']!r}."
+    for key in ("labels", "verdicts"):
+        words = spec[key]
+        if not isinstance(words, list) or len(words) != 2 or not all(isinstance(word, str) for word in words):
+            yield f"`{key}` must name label 0 and label 1 by two strings (quote yes and no), got {words!r}."
+            return
+    if spec["labels"][0] == spec["labels"][1]:
+        yield f"`labels` must name label 0 and label 1 differently, got {spec['labels']!r}."
+    try:
+        fields = _prompt(spec).fields
+    except (TypeError, ValueError) as error:
+        yield str(error)
+        return
+    names = _column_names(spec)
+    leaks = set(fields) & {"id", "label", "explanation", names["label"], names["explanation"]}
+    if leaks:
+        yield f"`template` must not show {sorted(leaks)}: id, label and explanation are no part of a text."
+
+
+def _file_problems(spec: dict[str, Any]) -> Iterator[str]:
+    if ("data_files" in spec) == ("dataset" in spec):
+        yield "give either `data_files` or `dataset`."
+        return
+    if "dataset" in spec:
+        if "prepare" in spec:
+            yield "`prepare` builds `data_files`; it does not go with `dataset`."
+        return
+    files = spec["data_files"]
+    if not isinstance(files, dict) or "train" not in files or set(files) - set(SPLITS):
+        yield f"`data_files` needs `train`, and takes {SPLITS}, got {files!r}."
+    elif not all(isinstance(file, str) and file.endswith(ENDINGS) for file in files.values()):
+        yield f"`data_files` end in one of {ENDINGS}, got {files!r}."
+    elif len(set(files.values())) < len(files):
+        yield f"two splits of `data_files` are the same file: {files!r}."
+
+
+def _prompt(spec: dict[str, Any]) -> TaskPrompt:
+    return TaskPrompt.from_dict({key: spec[key] for key in PROMPT_KEYS if key in spec})
+
+
+def _column_names(spec: dict[str, Any]) -> dict[str, str]:
+    return {key: spec.get(f"{key}_column", key) for key in ("id", "label", "explanation")}
 
 
 def _all_files_exist(folder: Path, spec: dict[str, Any]) -> bool:
@@ -160,128 +224,143 @@ def _prepare(folder: Path, spec: dict[str, Any], data_dir: str | None) -> None:
         raise ValueError(f"`data_dir` is given, but {folder / 'task.yaml'} names no `prepare` script to read it.")
     if data_dir is None:
         raise FileNotFoundError(
-            f"The data files of {spec['name']!r} are not built yet: give `--data_dir`, the source that "
+            f"The data files of {spec['name']!r} are not built yet. Run `python train_sft_cls.py --task {folder} "
+            f"--data_dir SOURCE`, or call `load_task({str(folder)!r}, data_dir=SOURCE)`, with the source that "
             f"{folder / spec['prepare']} reads (see {folder / 'README.md'})."
         )
     load_module(folder / spec["prepare"]).prepare(source=data_dir, output_dir=folder / "prepared")
 
 
-def _load_raw(folder: Path, spec: dict[str, Any]) -> dict[str, tuple[str, Dataset]]:
-    """By split, where its rows come from and the rows as they are."""
+def _load_raw(folder: Path, spec: dict[str, Any]) -> Iterator[_Source]:
     if "dataset" in spec:
         loaded = load_dataset(spec["dataset"], spec.get("config_name"), revision=spec.get("revision"))
         if "train" not in loaded:
             raise ValueError(f"The data set {spec['dataset']} has no train split, only {list(loaded)}.")
-        return {name: (spec["dataset"], loaded[name]) for name in SPLITS if name in loaded}
-    raw = {}
-    for name in SPLITS:
-        if name not in spec["data_files"]:
-            continue
-        path = folder / spec["data_files"][name]
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}, the {name} split of {spec['name']!r}, is not there.")
-        raw[name] = (str(path), _load_file(path))
-    return raw
+        for split in SPLITS:
+            if split in loaded:
+                yield _Source(split, f"{spec['dataset']}/{split}", loaded[split].column_names, _placed(loaded[split]))
+        return
+    for split in SPLITS:
+        if split in spec["data_files"]:
+            path = folder / spec["data_files"][split]
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}, the {split} split of {spec['name']!r}, is not there.")
+            yield _load_file(path, split)
 
 
-def _load_file(path: Path) -> Dataset:
-    if path.suffix not in LOADERS:
-        raise ValueError(f"{path}: data files end in one of {sorted(LOADERS)}.")
-    if path.suffix == ".jsonl":
-        rows = _read_jsonl(path)
-    elif path.suffix == ".csv":
-        # As strings: type inference would turn an id of digits into a number, and the text "nan" into nothing.
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [{key: value or None for key, value in row.items()} for row in csv.DictReader(file)]
-    else:
-        return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+def _placed(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _load_file(path: Path, split: str) -> _Source:
+    if path.suffix == ".parquet":
+        table = load_dataset("parquet", data_files=str(path), split="train")
+        return _Source(split, str(path), table.column_names, _placed(table))
+    rows = _read_csv(path) if path.suffix == ".csv" else _read_json(path)
     if not rows:
         raise ValueError(f"{path} holds no rows.")
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_list([{name: _as_text(row.get(name)) for name in columns} for row in rows])
+    return _Source(split, str(path), list(dict.fromkeys(name for _, row in rows for name in row)), rows)
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")  # spreadsheets put a byte order mark before the first column
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+
+
+def _read_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """All cells as strings: type inference would turn an id of digits into a number, and "nan" into nothing."""
+    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a long note
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is {type(row).__name__}, not an object with columns.")
-        rows.append(row)
+    try:
+        columns = next(reader, [])
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{path}: a column name stands twice in {columns}.")
+        for cells in filter(None, reader):
+            place = f"line {reader.line_num}"
+            if len(cells) != len(columns):
+                raise ValueError(f"{path}, {place}: {len(cells)} cell(s) for the {len(columns)} columns {columns}.")
+            rows.append((place, {name: cell or None for name, cell in zip(columns, cells, strict=True)}))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}. Check the quotes.") from error
     return rows
+
+
+def _read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a file with one on each line, or (`.json` only) of one list."""
+    text = _read_text(path)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        rows = list(_placed(_parse_json(text, str(path))))
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [(f"line {n}", _parse_json(line, f"{path}, line {n}")) for n, line in lines if line.strip()]
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {place} is {type(row).__name__}, not an object with columns.")
+    return rows
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value; write null for a missing label")
 
 
-def _as_text(value: Any) -> str | None:
-    """One column type whatever the mixture of values in a file: each as JSON, but strings as they are."""
-    return value if value is None or isinstance(value, str) else json.dumps(value)
-
-
 def _normalise(
-    rows: Dataset, spec: dict[str, Any], split: str, origin: str, on_bad_row: str, seen: dict[str, str]
-) -> Dataset:
-    fields = TaskPrompt.from_dict({key: spec[key] for key in PROMPT_KEYS if key in spec}).fields
-    names = {key: spec.get(f"{key}_column", key) for key in ("id", "label", "explanation")}
-    missing = [name for name in (*fields, names["label"]) if name not in rows.column_names]
+    source: _Source, spec: dict[str, Any], seen: dict[str, str], on_bad_row: str
+) -> tuple[Dataset, Counter]:
+    """The checked rows, and how many were skipped by reason and label; ids are added to `seen`."""
+    prompt, names = _prompt(spec), _column_names(spec)
+    needed = [*prompt.fields, names["label"], *([names["id"]] if "id_column" in spec else [])]
+    missing = [name for name in needed if name not in source.columns]
     if missing:
-        raise ValueError(f"{origin}: missing column(s) {missing}; found {rows.column_names}.")
-    good, bad = [], Counter()
-    for number, row in enumerate(rows, start=1):
-        row_id = str(row.get(names["id"]) if row.get(names["id"]) is not None else f"{split}-{number}")
-        place = f"{origin}, row {number} (id {row_id!r})"
+        raise ValueError(f"{source.origin}: missing column(s) {missing}; found {source.columns}.")
+    good, skipped = [], Counter()
+    for number, (place, row) in enumerate(source.rows, start=1):
+        row_id = row.get(names["id"])
+        row_id = f"{source.split}-{number}" if row_id is None else str(row_id)
+        place = f"{source.origin}, {place} (id {row_id!r})"
         if row_id in seen:
             raise ValueError(f"{place}: this id stands in {seen[row_id]} too; ids must be unique over all splits.")
-        seen[row_id] = f"{split}, row {number}"
-        problem = _problem(row, fields, names["label"])
-        if problem and on_bad_row == "error":
-            raise ValueError(f"{place}: {problem}. Mend it, or run with `--on_bad_row skip`.")
-        if problem:
-            bad[f"{problem} (label {row[names['label']]!r})"] += 1
-            continue
-        explanation = row.get(names["explanation"])
-        good.append(
-            {
-                "id": row_id,
-                **{name: row[name] for name in fields},
-                "label": _label(row[names["label"]]),
-                "explanation": explanation if explanation and explanation.strip() else None,
-            }
-        )
-    for problem, count in bad.items():
-        logger.warning("%s: skipped %d row(s): %s", origin, count, problem)
+        seen[row_id] = place
+        try:
+            good.append({"id": row_id, **_checked(row, prompt, names)})
+        except (TypeError, ValueError) as error:
+            if on_bad_row == "error":
+                raise ValueError(f"{place}: {error} Mend it, or skip such rows with `on_bad_row`: skip.") from error
+            skipped[f"{error} (label {row.get(names['label'])!r})"] += 1
     if not good:
-        raise ValueError(f"{origin}: no usable rows in the {split} split.")
-    types = {"id": "string", **dict.fromkeys(fields, "string"), "label": "float64", "explanation": "string"}
-    return Dataset.from_list(good, features=Features({name: Value(kind) for name, kind in types.items()}))
+        raise ValueError(f"{source.origin}: no usable rows in the {source.split} split; skipped: {dict(skipped)}.")
+    types = {"id": "string", **dict.fromkeys(prompt.fields, "string"), "label": "float64", "explanation": "string"}
+    return Dataset.from_list(good, features=Features({name: Value(kind) for name, kind in types.items()})), skipped
 
 
-def _problem(row: dict[str, Any], fields: list[str], label_column: str) -> str | None:
-    for name in fields:
-        if not isinstance(row[name], str):
-            return f"the field {name!r} is {'missing' if row[name] is None else type(row[name]).__name__}, not text"
-        if not row[name].strip():
-            return f"the field {name!r} is empty"
-    try:
-        _label(row[label_column])
-    except ValueError as error:
-        return str(error)
-    return None
+def _checked(row: dict[str, Any], prompt: TaskPrompt, names: dict[str, str]) -> dict[str, Any]:
+    """Fields, label and explanation of a row, held to what inference asks of a text."""
+    texts = prompt.check_text({name: row.get(name) for name in prompt.fields})
+    label = _label(row.get(names["label"]))
+    explanation = row.get(names["explanation"])
+    if explanation is not None and not isinstance(explanation, str):
+        raise ValueError(f"The explanation must be text or null, got {type(explanation).__name__}.")
+    if not explanation or not explanation.strip():
+        explanation = None
+    elif any("\ud800" <= character <= "\udfff" for character in explanation):
+        raise ValueError("The explanation holds a lone surrogate, which is no character.")
+    return {**texts, "label": label, "explanation": explanation}
 
 
 def _label(value: Any) -> float | None:
     """0.0 or 1.0, or `None` for an unlabelled row; raises `ValueError` for anything else."""
     if value is None:
         return None
-    if isinstance(value, str):
-        value = {"true": 1, "false": 0, "1.0": 1, "0.0": 0}.get(value.strip(), value.strip())
-    if value not in LABELS:
-        raise ValueError(f"the label is {value!r}; it must be 0, 1 or null")
-    return LABELS[value]
+    key = value.strip() if isinstance(value, str) else value
+    if not isinstance(key, (str, int, float)) or key not in LABELS:
+        raise ValueError(f"The label is {value!r}; it must be 0, 1 or null.")
+    return LABELS[key]

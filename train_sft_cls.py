@@ -85,9 +85,13 @@ class ModelArguments(ModelConfig):
 
 
 def parse_reads(reads: list[str] | None) -> list[tuple[int, str]] | None:
-    """`["14:mean", "18:decision"]` to `[(14, "mean"), (18, "decision")]`; raises `ValueError` on another form."""
+    """`["14:mean", "18:decision"]` to `[(14, "mean"), (18, "decision")]`, and `["auto"]` to `None`.
+
+    Raises:
+        ValueError: for another form.
+    """
     parsed = []
-    for read in reads or []:
+    for read in [] if reads in (None, ["auto"]) else reads:
         layer, _, pooling = str(read).partition(":")
         if not layer.lstrip("-").isdigit() or pooling not in ("decision", "mean"):
             raise ValueError(f"`--cls_reads` takes `LAYER:decision` or `LAYER:mean`, got {read!r}.")
@@ -247,6 +251,7 @@ def train(
         for name, split in task.splits.items()
         if name != "test"
     }
+    fine_tune = training.num_train_epochs > 0 or training.max_steps > 0
     probe = start_warm(model, rows["train"], arguments, training) if arguments.warm_start else None
     if "validation" not in rows:
         logger.warning("The task has no validation split: no evaluation, no calibration, no choice of checkpoint.")
@@ -259,9 +264,12 @@ def train(
         args=training,
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
-        peft_config=lora_config(model, model_arguments),
+        peft_config=lora_config(model, model_arguments) if fine_tune else None,
         callbacks=callbacks,
     )
+    if not fine_tune:
+        logger.info("No epochs asked for: the linear probe is the head, and the backbone stays as it is.")
+        return trainer, probe
     resume = training.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
         resume = last_complete_checkpoint(training.output_dir)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
+from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_torch_bf16_gpu_available
@@ -242,6 +243,9 @@ class ClsGenSFTTrainer(SFTTrainer):
         lengths = [len(ids) for ids in train_dataset["input_ids"]]
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return SeededLengthGroupedSampler(batch_size, lengths, self.args.data_seed or self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler:
+        return SequentialSampler(eval_dataset)  # predictions come in row order, whatever training does
 
     def _get_dataloader(self, dataset, description, *args, is_training: bool = False, **kwargs):
         collator = self.data_collator

@@ -44,7 +44,7 @@ def command(task_folder, backbone, output_dir, *more):
         "--task", str(task_folder), "--model_name_or_path", backbone, "--output_dir", str(output_dir),
         "--max_length", "300", "--max_explanation_length", "40", "--max_steps", "4", "--eval_strategy", "steps",
         "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2", "--lora_first_layer", "0",
-        "--lora_r", "2", "--num_examples", "2", *more,
+        "--lora_r", "2", "--num_examples", "2", "--cls_reads", "auto", *more,
     ]  # fmt: skip
 
 
@@ -95,6 +95,8 @@ def test_flags_override_the_recipe_and_unknown_keys_are_errors(task_folder, back
         main(["--config", str(recipe), *command(task_folder, backbones["llama"], tmp_path / "out")])
     recipe.write_text("seed: 3\ncls_reads: ['1:mean']\nreport_to: none\nactivation_checkpointing: false\n")
     arguments = command(task_folder, backbones["llama"], tmp_path / "out", "--seed", "4", "--num_examples", "0")
+    place = arguments.index("--cls_reads")
+    arguments = arguments[:place] + arguments[place + 2 :]
     main(["--config", str(recipe), *arguments])
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (report["seed"], report["cls_reads"]) == (4, [[1, "mean"]])

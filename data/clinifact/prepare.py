@@ -5,6 +5,7 @@ python -m data.clinifact.prepare --source CliniFact
 
 import argparse
 import csv
+import http.client
 import io
 import itertools
 import json
@@ -25,17 +26,19 @@ TRUE, FALSE, NONE = "1", "0", "2"
 # Label of each task by CliniFact's label; a label that is left out is counted in the log.
 TASK_LABELS = {"clinifact": {FALSE: 0, TRUE: 1}, "clinifact_evidence": {NONE: 0, FALSE: 1, TRUE: 1}}
 VERDICT_LABELS = {"TRUE": 1, "FALSE": 0}
+NO_TITLE = "(no title)"
 
 
 def prepare(source: str | Path, output_dir: str | Path, task: str = "clinifact") -> dict[str, Counter]:
-    """Writes `train.jsonl`, `validation.jsonl` and `test.jsonl`, each whole or not at all.
+    """Writes `train.jsonl`, `validation.jsonl` and `test.jsonl`, each whole, and none before all are checked.
 
     A teacher's explanation is used where its verdict, given without the label, agrees with the gold label; a row where
-    it does not has `explanation: null` and still trains the head.
+    it does not has `explanation: null` and still trains the head. A row without an abstract or claim is counted and
+    kept: loading the task then refuses it, or skips it where told to. An empty title becomes `(no title)`.
 
     Args:
         source (`str` or `Path`): A folder that holds `train.csv` or `train_set.csv` (and so on) at any depth, or the
-            http(s) URL of a zip of one.
+            http(s) URL of a zip of one, or of a folder with the files right in it.
         output_dir (`str` or `Path`): Where the files go.
         task (`"clinifact"` or `"clinifact_evidence"`): TRUE against FALSE, or any evidence against NONE.
 
@@ -46,23 +49,33 @@ def prepare(source: str | Path, output_dir: str | Path, task: str = "clinifact")
         FileNotFoundError: for a source without the files, or one that cannot be reached.
         ValueError: for columns, labels or explanations that do not fit.
     """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if task not in TASK_LABELS:
+        raise ValueError(f"`task` is one of {sorted(TASK_LABELS)}, got {task!r}.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = _fetch(str(source), Path(temporary))
         tables = {split: _read_csv(_find(folder, split)) for split in SPLITS}
     _report_shared_trials(tables)
     explanations = _read_explanations() if task == "clinifact" else {}
-    counts = {}
-    for split, table in tables.items():
-        counts[split] = Counter()
-        rows = _build_rows(table, split, TASK_LABELS[task], explanations, counts[split])
-        target = output_dir / f"{split}.jsonl"
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(target)
+    counts = {split: Counter() for split in SPLITS}
+    rows = {
+        split: _build_rows(table, split, TASK_LABELS[task], explanations, counts[split])
+        for split, table in tables.items()
+    }
+    _report_unused(explanations, tables)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        _write(Path(output_dir) / f"{split}.jsonl", rows[split])
         logger.info("%s/%s: %s", task, split, ", ".join(f"{count} {name}" for name, count in counts[split].items()))
     return counts
+
+
+def _write(target: Path, rows: list[dict]) -> None:
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _fetch(source: str, temporary: Path) -> Path:
@@ -72,14 +85,36 @@ def _fetch(source: str, temporary: Path) -> Path:
                 f"{source} is not a folder. Give a CliniFact checkout, or the URL of a zip of one."
             )
         return Path(source)
-    try:
-        with urllib.request.urlopen(source, timeout=60) as response:
-            zipfile.ZipFile(io.BytesIO(response.read())).extractall(temporary)
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise FileNotFoundError(f"{source} cannot be reached ({error}). Download it and give the folder.") from error
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{source} is not a zip file. Give the URL of a zip of the CliniFact repository.") from error
+    content = _download(source)
+    if content is not None and zipfile.is_zipfile(io.BytesIO(content)):
+        try:
+            zipfile.ZipFile(io.BytesIO(content)).extractall(temporary)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{source} is a broken zip file ({error}). Download it again.") from error
+        return temporary
+    for split, name in itertools.product(SPLITS, ("{}.csv", "{}_set.csv")):
+        content = _download(f"{source.rstrip('/')}/{name.format(split)}")
+        if content is not None:
+            (temporary / name.format(split)).write_bytes(content)
+    if not any(temporary.iterdir()):
+        raise ValueError(
+            f"{source} is neither a zip file nor a folder with CliniFact's files in it. Give the URL of a zip of the "
+            "CliniFact repository."
+        )
     return temporary
+
+
+def _download(url: str) -> bytes | None:
+    """What the URL holds, or `None` where the server says there is no such thing."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return response.read()
+    except urllib.error.HTTPError as error:
+        if error.code in (403, 404):  # servers that list no folders say so for the folder, not for its files
+            return None
+        raise FileNotFoundError(f"{url} cannot be read ({error}). Download it and give the folder.") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise FileNotFoundError(f"{url} cannot be reached ({error}). Download it and give the folder.") from error
 
 
 def _find(folder: Path, split: str) -> Path:
@@ -94,15 +129,23 @@ def _find(folder: Path, split: str) -> Path:
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = set(COLUMNS) - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: missing column(s) {sorted(missing)}; found {reader.fieldnames}.")
-        table = list(reader)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            missing = set(COLUMNS) - set(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"{path}: missing column(s) {sorted(missing)}; found {reader.fieldnames}.")
+            table = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, line {reader.line_num} cannot be read as CSV: {error}.") from error
+    indices = Counter(row["index"] for row in table)
     for number, row in enumerate(table, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}, row {number}: not as many cells as the {len(reader.fieldnames)} columns.")
         if row["label"] not in (TRUE, FALSE, NONE):
             raise ValueError(f"{path}, row {number}: the label is {row['label']!r}, not 0, 1 or 2.")
+        if indices[row["index"]] > 1:
+            raise ValueError(f"{path}, row {number}: the index {row['index']!r} stands there more than once.")
     return table
 
 
@@ -123,6 +166,16 @@ def _read_explanations() -> dict[tuple[str, str], dict]:
     return {(row["split"], str(row["index"])): row for row in rows}
 
 
+def _report_unused(explanations: dict[tuple[str, str], dict], tables: dict[str, list[dict[str, str]]]) -> None:
+    used = {(split, row["index"]) for split, table in tables.items() for row in table if row["label"] != NONE}
+    unused = len(set(explanations) - used)
+    if unused:
+        logger.warning(
+            "CliniFact: %d of the %d explanations belong to no TRUE or FALSE row of this source: is it all of it?",
+            unused, len(explanations),
+        )  # fmt: skip
+
+
 def _build_rows(
     table: list[dict[str, str]], split: str, labels: dict[str, int], explanations: dict, counts: Counter
 ) -> list[dict]:
@@ -134,15 +187,18 @@ def _build_rows(
         label = labels[source["label"]]
         row = {
             "id": f"{source['nctId']}-{source['PMID']}-{source['index']}",
-            "title": source["article_title"],
+            "title": source["article_title"] if source["article_title"].strip() else NO_TITLE,
             "abstract": source["article_abstract"],
             "claim": source["claim"],
             "label": label,
         }
-        counts["positive" if label else "negative"] += 1
-        teacher = explanations.get((split, source["index"]))
-        if explanations and split != "test":
-            row.update(_teacher_columns(teacher, source, label, counts))
+        side = "positive" if label else "negative"
+        counts[side] += 1
+        for column in ("article_title", "article_abstract", "claim"):
+            if not source[column].strip():
+                counts[f"{side} with an empty {column}"] += 1
+        if explanations:
+            row.update(_teacher_columns(explanations.get((split, source["index"])), source, label, counts))
         rows.append(row)
     return rows
 
@@ -169,7 +225,7 @@ def _teacher_columns(teacher: dict | None, source: dict[str, str], label: int, c
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="a folder, or the URL of a zip")
+    parser.add_argument("--source", required=True, help="a folder, or the URL of a zip or of a folder")
     parser.add_argument("--task", choices=sorted(TASK_LABELS), default="clinifact")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
