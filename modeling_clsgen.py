@@ -316,7 +316,8 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, PreTrainedModel, 
         if labels is not None and keep_all and self.training and not torch.compiler.is_compiling():
             logits_to_keep = supervised_positions(labels)
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        is_2d_mask = attention_mask is not None and attention_mask.dim() == 2
+        # `generate` with a static cache hands over masks that are ready for each layer.
+        is_2d_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
         if position_ids is None and is_2d_mask:
             position_ids = positions_from_mask(attention_mask, length)
         layers = self.read_layers()
