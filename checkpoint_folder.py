@@ -40,11 +40,7 @@ def write_checkpoint(
         model.tokenizer.save_pretrained(temporary)
         write_json(temporary / "metrics.json", report)
         model_card(model, report, license_name).save(temporary / "README.md")
-        older = folder.with_name(f".{folder.name}.older.{uuid.uuid4().hex}")
-        if folder.exists():
-            folder.rename(older)
-        temporary.rename(folder)
-        shutil.rmtree(older, ignore_errors=True)
+        _replace(folder, temporary)
     except Exception as error:
         raise OSError(
             f"The checkpoint {folder} could not be written: {error}. What stood there before is untouched."
@@ -53,6 +49,20 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     model.config.name_or_path = str(folder)
     return folder
+
+
+def _replace(folder: Path, newer: Path) -> None:
+    """Renames `newer` to `folder`; what stood there goes only when that has worked."""
+    older = folder.with_name(f".{folder.name}.older.{uuid.uuid4().hex}")
+    if folder.exists():
+        folder.rename(older)
+    try:
+        newer.rename(folder)
+    except OSError:
+        if older.exists():
+            older.rename(folder)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def model_card(

@@ -68,7 +68,9 @@ class TaskArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without a better `metric_for_best_model` before training stops."}
     )
-    merge_adapter: bool = field(default=True, metadata={"help": "Merge LoRA into the checkpoint's weights."})
+    save_adapter: bool = field(
+        default=False, metadata={"help": "Save the LoRA adapter too, beside the checkpoint that it is merged into."}
+    )
     num_examples: int = field(default=3, metadata={"help": "Predictions with explanations to show at the end."})
     results_dir: str | None = field(default=None, metadata={"help": "A further folder for metrics and predictions."})
 
@@ -306,10 +308,10 @@ def finish(
     output_dir = Path(training.output_dir)
     if not trainer.is_world_process_zero():
         return output_dir / "model"
-    if hasattr(model, "merge_and_unload") and arguments.merge_adapter:
+    if hasattr(model, "merge_and_unload"):
+        if arguments.save_adapter:
+            model.save_pretrained(output_dir / "adapter")
         base = model.merge_and_unload()
-    elif hasattr(model, "merge_and_unload"):
-        model.save_pretrained(output_dir / "adapter")
     folder = write_checkpoint(base, output_dir / "model", report)
     for results in filter(None, (output_dir, arguments.results_dir)):
         write_json(Path(results) / "metrics.json", report)
