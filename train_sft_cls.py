@@ -113,10 +113,14 @@ def lora_config(model: ClsGenForCausalLMAndClassification, arguments: ModelArgum
             if type(module).__name__ == "Conv1D" or isinstance(module, torch.nn.Linear)
         }
         config.target_modules = linear
-    if arguments.lora_first_layer:
-        config.layers_to_transform = list(
-            range(arguments.lora_first_layer, model.config.text_config.num_hidden_layers)
+    layers = model.config.text_config.num_hidden_layers
+    if arguments.lora_first_layer >= layers:
+        raise ValueError(
+            f"`lora_first_layer` is {arguments.lora_first_layer}, but this backbone has {layers} layers: nothing would "
+            "train. Give a lower one; 0 trains all layers."
         )
+    if arguments.lora_first_layer:
+        config.layers_to_transform = list(range(arguments.lora_first_layer, layers))
     return config
 
 

@@ -107,6 +107,8 @@ def test_bad_arguments_are_named(task_folder, backbones, tmp_path):
     blocked.write_text("")
     with pytest.raises(OSError, match="is not writable"):
         main(command(task_folder, backbones["llama"], blocked / "out"))
+    with pytest.raises(ValueError, match="this backbone has 4 layers"):
+        main(command(task_folder, backbones["llama"], tmp_path / "out", "--lora_first_layer", "4"))
     with pytest.raises(ValueError, match="cls_reads"):
         parse_reads(["middle"])
     assert parse_reads(["14:mean", "-1:decision"]) == [(14, "mean"), (-1, "decision")]
