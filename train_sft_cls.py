@@ -116,8 +116,8 @@ def lora_config(model: ClsGenForCausalLMAndClassification, arguments: ModelArgum
     layers = model.config.text_config.num_hidden_layers
     if arguments.lora_first_layer >= layers:
         raise ValueError(
-            f"`lora_first_layer` is {arguments.lora_first_layer}, but this backbone has {layers} layers: nothing would "
-            "train. Give a lower one; 0 trains all layers."
+            f"`lora_first_layer` is {arguments.lora_first_layer}, but this backbone has {layers} layers: nothing "
+            "would train. Give a lower one; 0 trains all layers."
         )
     if arguments.lora_first_layer:
         config.layers_to_transform = list(range(arguments.lora_first_layer, layers))
