@@ -129,11 +129,67 @@ def running_mean(scores: torch.FloatTensor, mask: torch.Tensor, position_ids: to
     return (totals - before) / (position_ids + 1)
 
 
+class ClassificationHead(nn.Linear):
+    """A linear head on several hidden states, some pooled; always float32.
+
+    It is applied before pooling, to every position: the mean of scores is the score of the mean, shapes stay static,
+    and packed rows need no special case.
+
+    Args:
+        hidden_size (`int`): Of each hidden state.
+        num_reads (`int`): How many of them there are.
+    """
+
+    def __init__(self, hidden_size: int, num_reads: int, device: torch.device | None = None):
+        super().__init__(num_reads * hidden_size, 1, device=device, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Zero: an untrained head says 0.5."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        hidden_states: list[torch.FloatTensor],
+        poolings: list[str],
+        mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+        dropout: float = 0.0,
+    ) -> torch.FloatTensor:
+        """
+        Args:
+            hidden_states (`list[torch.FloatTensor]`): One a read, `(batch_size, sequence_length, hidden_size)`.
+            poolings (`list[str]`): `"decision"` or `"mean"`, one a read.
+            mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 at padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)` or `(1, sequence_length)`).
+            dropout (`float`, *optional*, defaults to 0.0): On the pooled features, while training.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, sequence_length)`: each position's logit, as if it were the
+            decision token.
+        """
+        weights = self.weight.float()[0].chunk(len(hidden_states))
+        logits = self.bias.float()
+        for hidden, weight, pooling in zip(hidden_states, weights, poolings, strict=True):
+            with torch.autocast(hidden.device.type, enabled=False):
+                hidden = hidden.to(weight.device, torch.float32)
+                if self.training and dropout > 0:
+                    # One mask a row is dropout on the pooled features, since pooling and head are linear.
+                    kept = F.dropout(weight.expand(hidden.shape[0], -1), dropout)
+                    scores = torch.einsum("bth,bh->bt", hidden, kept)
+                else:
+                    scores = hidden @ weight
+                if pooling == "mean":
+                    mask_or_ones = torch.ones_like(scores) if mask is None else mask.to(scores)
+                    scores = running_mean(scores, mask_or_ones, position_ids.expand_as(scores))
+            logits = logits + scores
+        return logits
+
+
 class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, PreTrainedModel, GenerationMixin):
     """A causal LM with a second head that answers a binary question about the prompt.
 
     The backbone is any model of `AutoModelForCausalLM`, held whole as `lm`: its logits stay bit for bit its own.
-    `cls_head` is linear in float32, and so is applied before pooling: the mean of scores is the score of the mean.
 
     Args:
         config ([`ClsGenConfig`]): Its `text_config` builds the backbone.
@@ -153,15 +209,12 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, PreTrainedModel, 
     def __init__(self, config: ClsGenConfig, lm: PreTrainedModel | None = None):
         super().__init__(config)
         self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
-        hidden_size = config.text_config.hidden_size
-        self.cls_head = nn.Linear(len(config.cls_reads) * hidden_size, 1, dtype=torch.float32)
+        self.cls_head = ClassificationHead(config.text_config.hidden_size, len(config.cls_reads))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Zero: an untrained head says 0.5. The backbone brings its own initialisation.
-        if module is self.cls_head:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+        if isinstance(module, ClassificationHead):
+            module.reset_parameters()
         else:
             self.lm._init_weights(module)
 
@@ -217,10 +270,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, PreTrainedModel, 
         self.config.cls_reads = [list(read) for read in cls_reads]
         self.config._check()
         device = self.get_output_embeddings().weight.device
-        size = len(cls_reads) * self.config.text_config.hidden_size
-        self.cls_head = nn.Linear(size, 1, device=device, dtype=torch.float32)
-        nn.init.zeros_(self.cls_head.weight)
-        nn.init.zeros_(self.cls_head.bias)
+        self.cls_head = ClassificationHead(self.config.text_config.hidden_size, len(cls_reads), device)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.get_input_embeddings()
@@ -240,41 +290,6 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, PreTrainedModel, 
     def read_layers(self) -> list[int]:
         """Non-negative indices into `hidden_states` that the head reads, one a read."""
         return [layer % (self.config.text_config.num_hidden_layers + 1) for layer, _ in self.config.cls_reads]
-
-    def score(
-        self,
-        hidden_states: list[torch.FloatTensor],
-        mask: torch.Tensor | None,
-        position_ids: torch.LongTensor,
-    ) -> torch.FloatTensor:
-        """The head's logit of every position.
-
-        Args:
-            hidden_states (`list[torch.FloatTensor]`): One a read, `(batch_size, sequence_length, hidden_size)`.
-            mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 at padding.
-            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`).
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch_size, sequence_length)`, float32.
-        """
-        weight, bias = self.cls_head.weight.float(), self.cls_head.bias.float()
-        logits = bias
-        for hidden, part, (_, pooling) in zip(
-            hidden_states, weight[0].chunk(len(hidden_states)), self.config.cls_reads, strict=True
-        ):
-            with torch.autocast(hidden.device.type, enabled=False):
-                hidden = hidden.to(part.device, torch.float32)
-                if self.training and self.config.cls_dropout > 0:
-                    # One mask a row is dropout on the pooled features, since pooling and head are linear.
-                    kept = F.dropout(part.expand(hidden.shape[0], -1), self.config.cls_dropout)
-                    scores = torch.einsum("bth,bh->bt", hidden, kept)
-                else:
-                    scores = hidden @ part
-                if pooling == "mean":
-                    mask_or_ones = torch.ones_like(scores) if mask is None else mask.to(scores)
-                    scores = running_mean(scores, mask_or_ones, position_ids.expand_as(scores))
-            logits = logits + scores
-        return logits
 
     def forward(
         self,
@@ -337,7 +352,13 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, PreTrainedModel, 
         if position_ids is None:
             position_ids = torch.arange(length, device=outputs.logits.device)[None]
         mask = attention_mask[:, -length:] if is_2d_mask else None
-        cls_logits = self.score([outputs.hidden_states[layer] for layer in layers], mask, position_ids)
+        cls_logits = self.cls_head(
+            [outputs.hidden_states[layer] for layer in layers],
+            [pooling for _, pooling in self.config.cls_reads],
+            mask,
+            position_ids,
+            self.config.cls_dropout,
+        )
 
         loss = lm_loss = cls_loss = None
         if labels is not None:

@@ -144,6 +144,20 @@ def test_a_batch_without_labels_gives_zero_losses_that_still_reach_every_weight(
     assert all(parameter.grad is not None for parameter in model.cls_head.parameters())
 
 
+def test_head_dropout_is_dropout_on_the_pooled_features(model):
+    batch = batch_of(random_rows(), "left")
+    expected = model(**batch).cls_logits
+    model.config.cls_dropout = 0.5
+    torch.testing.assert_close(model.eval()(**batch).cls_logits, expected)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        samples = torch.stack([model.train()(**batch).cls_logits for _ in range(3000)])
+    assert samples.std(dim=0)[batch["attention_mask"] == 1].min() > 0
+    real = batch["attention_mask"] == 1
+    error = (samples.mean(dim=0) - expected)[real].abs() / (samples.std(dim=0)[real] / 3000**0.5)
+    assert error.max() < 5
+
+
 def test_running_mean_restarts_with_each_sequence():
     scores = torch.tensor([[1.0, 3.0, 5.0, 10.0, 20.0]])
     positions = torch.tensor([[0, 1, 2, 0, 1]])
