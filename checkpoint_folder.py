@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
 
 from clsgen.atomic_io import write_json
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
@@ -13,12 +14,7 @@ from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 CARD_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
 
 
-def write_checkpoint(
-    model: ClsGenForCausalLMAndClassification,
-    folder: str | Path,
-    report: dict[str, Any],
-    license_name: str | None = None,
-) -> Path:
+def write_checkpoint(model: ClsGenForCausalLMAndClassification, folder: str | Path, report: dict[str, Any]) -> Path:
     """Saves weights (safetensors), code, config, tokenizer, metrics and a model card; replaces an older folder.
 
     Everything goes into a temporary folder beside `folder` first, and is renamed when complete, so that an older
@@ -28,7 +24,6 @@ def write_checkpoint(
         model (`ClsGenForCausalLMAndClassification`): With adapters merged.
         folder (`str` or `Path`): The target.
         report (`dict`): The run's report; becomes `metrics.json` and the card's numbers.
-        license_name (`str`, *optional*): The card's licence.
 
     Raises:
         OSError: where it cannot be written; `folder` is then as it was.
@@ -39,9 +34,9 @@ def write_checkpoint(
         model.save_pretrained(temporary)
         model.tokenizer.save_pretrained(temporary)
         write_json(temporary / "metrics.json", report)
-        model_card(model, report, license_name).save(temporary / "README.md")
+        model_card(model, report).save(temporary / "README.md")
         _replace(folder, temporary)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(
             f"The checkpoint {folder} could not be written: {error}. What stood there before is untouched."
         ) from error
@@ -65,17 +60,13 @@ def _replace(folder: Path, newer: Path) -> None:
     shutil.rmtree(older, ignore_errors=True)
 
 
-def model_card(
-    model: ClsGenForCausalLMAndClassification, report: dict[str, Any], license_name: str | None = None
-) -> ModelCard:
+def model_card(model: ClsGenForCausalLMAndClassification, report: dict[str, Any]) -> ModelCard:
     """The card of a trained model; every number in it is one of `report`'s."""
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["clsgen", "dual-head", "explanation", "calibration", "custom_code"],
         base_model=report["base_model"],
-        license=license_name,
-        language="en",
     )
     config = model.config
     rows = [f"| {split} | {_numbers(report[split])} |" for split in ("validation", "test") if report.get(split)]

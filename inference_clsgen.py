@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -99,11 +99,11 @@ class ClsGenInferenceMixin:
         calibration = self.config.calibration
         return logits, torch.sigmoid(logits / calibration["temperature"] + calibration["bias"])
 
-    def predictions(self, logits: torch.FloatTensor, prompts: list[EncodedPrompt], **fields) -> list[Prediction]:
-        """Raw head logits of shape `(n,)` to predictions; `fields` are lists of length `n` for further fields."""
+    def predictions(self, logits: torch.FloatTensor, prompts: list[EncodedPrompt]) -> list[Prediction]:
+        """Raw head logits of shape `(n,)` to predictions without explanations."""
         corrected, probabilities = self.calibrated(logits)
         predictions = []
-        for i, (logit, probability) in enumerate(zip(corrected.tolist(), probabilities.tolist(), strict=True)):
+        for prompt, logit, probability in zip(prompts, corrected.tolist(), probabilities.tolist(), strict=True):
             label_id = int(probability >= self.config.threshold)
             predictions.append(
                 Prediction(
@@ -112,8 +112,7 @@ class ClsGenInferenceMixin:
                     probability=probability,
                     logit=logit,
                     threshold=self.config.threshold,
-                    truncated=prompts[i].truncated,
-                    **{name: values[i] for name, values in fields.items()},
+                    truncated=prompt.truncated,
                 )
             )
         return predictions
@@ -209,19 +208,19 @@ class ClsGenInferenceMixin:
             lm_probabilities = self._lm_probabilities(prefill, batch["attention_mask"]).tolist()
             verdicts = self._pad_left([self.encoder.encode_verdict(p.label_id) for p in predictions])
             batch = {name: torch.cat([batch[name], verdicts[name]], dim=1) for name in batch}
-        if mode == "free":
+        else:
             cache.crop(-1)  # the cache holds the whole prompt, and generate needs a token to start from
         if "max_length" not in generate_kwargs:
             generate_kwargs = {"max_new_tokens": self.generation_config.max_new_tokens or 128, **generate_kwargs}
         generated = self.generate(**batch, past_key_values=cache, return_dict_in_generate=False, **generate_kwargs)
         new_ids = generated[:, batch["input_ids"].shape[1] :]
         texts = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        return self.predictions(
-            prefill.cls_logits[:, -1].cpu(),
-            prompts,
-            explanation=[self.encoder.prompt.strip_verdict_line(text) for text in texts],
-            lm_probability=lm_probabilities,
-        )
+        return [
+            replace(
+                prediction, explanation=self.encoder.prompt.strip_verdict_line(text), lm_probability=lm_probability
+            )
+            for prediction, text, lm_probability in zip(predictions, texts, lm_probabilities, strict=True)
+        ]
 
     def _lm_probabilities(self, prefill: Any, attention_mask: torch.Tensor) -> torch.FloatTensor:
         """P(verdict of 1) / (P(verdict of 0) + P(verdict of 1)) by the LM, shape `(batch_size,)`."""

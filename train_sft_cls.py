@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -32,9 +33,10 @@ from clsgen.backbones import resolve_backbone
 from clsgen.calibration import calibrated_probabilities, choose_threshold, fit_temperature_and_bias
 from clsgen.checkpoint_folder import CARD_METRICS, write_checkpoint
 from clsgen.classification_metrics import classification_metrics
+from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.tasks import Task, class_counts, load_task
-from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer, last_complete_checkpoint
+from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer, last_complete_checkpoint, resolve_pos_weight
 from clsgen.training_rows import encode_rows
 from clsgen.warm_start import Probe, warm_start
 
@@ -57,8 +59,8 @@ class TaskArguments:
     warm_start: bool = field(default=True, metadata={"help": "Start the head from a linear probe."})
     cls_reads: list[str] | None = field(
         default=None,
-        metadata={"help": "What the head reads, e.g. `14:mean 18:decision`; by default, the form that cross-validates "
-                          "best on the training rows (with the warm start) or `-1:decision`."},
+        metadata={"help": "What the head reads, e.g. `14:mean 18:decision`; by default or with `auto`, the form "
+                          "that cross-validates best on the training rows (without the warm start, `-1:decision`)."},
     )  # fmt: skip
     threshold_method: str = field(
         default="f1", metadata={"help": "How to choose the threshold on the validation split.",
@@ -162,7 +164,16 @@ def start_warm(
     return found[0]
 
 
-def calibrate(trainer: ClsGenSFTTrainer, config: Any, arguments: TaskArguments) -> dict[str, Any]:
+def before_and_after(name: str, logits: np.ndarray, labels: np.ndarray, config: ClsGenConfig) -> dict[str, Any]:
+    """Metrics of a split with the config's calibration and threshold, and without either."""
+    calibrated = calibrated_probabilities(logits, **config.calibration)
+    return {
+        name: classification_metrics(labels, calibrated, config.threshold),
+        f"{name}_uncalibrated": classification_metrics(labels, calibrated_probabilities(logits, 1.0, 0.0), 0.5),
+    }
+
+
+def calibrate(trainer: ClsGenSFTTrainer, config: ClsGenConfig, arguments: TaskArguments) -> dict[str, Any]:
     """Fits temperature, bias and threshold on the validation split, writes them into `config`; returns its metrics."""
     logits, labels = trainer.decisions(trainer.predict(trainer.eval_dataset, metric_key_prefix="validation"))
     if len(set(labels.tolist())) < 2:
@@ -170,16 +181,19 @@ def calibrate(trainer: ClsGenSFTTrainer, config: Any, arguments: TaskArguments) 
             f"The validation split holds one class only ({set(labels.tolist())}): nothing to calibrate on."
         )
     temperature, bias = fit_temperature_and_bias(logits, labels)
-    probabilities = calibrated_probabilities(logits, temperature, bias)
     config.calibration = {"temperature": temperature, "bias": bias}
-    config.threshold = choose_threshold(labels, probabilities, arguments.threshold_method, arguments.fixed_threshold)
-    return {
-        "validation": classification_metrics(labels, probabilities, config.threshold),
-        "validation_uncalibrated": classification_metrics(labels, calibrated_probabilities(logits, 1.0, 0.0), 0.5),
-    }
+    config.threshold = choose_threshold(
+        labels,
+        calibrated_probabilities(logits, temperature, bias),
+        arguments.threshold_method,
+        arguments.fixed_threshold,
+    )
+    return before_and_after("validation", logits, labels, config)
 
 
-def test(trainer: ClsGenSFTTrainer, config: Any, rows: Dataset, ids: list[str]) -> tuple[dict[str, Any], list[dict]]:
+def score_test_split(
+    trainer: ClsGenSFTTrainer, config: ClsGenConfig, rows: Dataset, ids: list[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Metrics of the test split, before and after calibration, and its predictions by id."""
     logits, labels = trainer.decisions(trainer.predict(rows, metric_key_prefix="test"))
     probabilities = calibrated_probabilities(logits, **config.calibration)
@@ -187,11 +201,7 @@ def test(trainer: ClsGenSFTTrainer, config: Any, rows: Dataset, ids: list[str]) 
         {"id": row_id, "label": int(label), "probability": float(p), "logit": float(logit)}
         for row_id, label, p, logit in zip(ids, labels, probabilities, logits, strict=True)
     ]
-    metrics = {
-        "test": classification_metrics(labels, probabilities, config.threshold),
-        "test_uncalibrated": classification_metrics(labels, calibrated_probabilities(logits, 1.0, 0.0), 0.5),
-    }
-    return metrics, predictions
+    return before_and_after("test", logits, labels, config), predictions
 
 
 def describe_run(argv: list[str]) -> dict[str, Any]:
@@ -258,6 +268,9 @@ def train(
         if name != "test"
     }
     fine_tune = training.num_train_epochs > 0 or training.max_steps > 0
+    if not fine_tune and not arguments.warm_start:
+        raise ValueError("No epochs and no warm start: nothing would be learned. Ask for one of them.")
+    model.config.pos_weight = resolve_pos_weight(training.pos_weight, rows["train"])
     probe = start_warm(model, rows["train"], arguments, training) if arguments.warm_start else None
     if "validation" not in rows:
         logger.warning("The task has no validation split: no evaluation, no calibration, no choice of checkpoint.")
@@ -297,8 +310,10 @@ def finish(
     predictions = []
     if "test" in task.splits:
         labelled = task.splits["test"].filter(lambda row: row["label"] is not None)
-        rows = encode_rows(labelled, base.encoder, training.max_explanation_length, True, "test")
-        metrics, predictions = test(trainer, config, rows, labelled["id"])
+        logger.info("test: %d of %d rows have a label and are scored", len(labelled), len(task.splits["test"]))
+        guided = training.explanation_mode == "guided"
+        rows = encode_rows(labelled, base.encoder, training.max_explanation_length, guided, "test")
+        metrics, predictions = score_test_split(trainer, config, rows, labelled["id"])
         report.update(metrics)
     report.update(
         cls_reads=config.cls_reads,

@@ -110,6 +110,22 @@ class ClsGenSFTConfig(SFTConfig):
             )
 
 
+def resolve_pos_weight(pos_weight: str, rows: Dataset) -> float:
+    """`"none"`, `"balanced"` (negatives / positives of the encoded `rows`) or a number, as a number.
+
+    Raises:
+        ValueError: for `"balanced"` with rows of one class only.
+    """
+    if pos_weight == "none":
+        return 1.0
+    if pos_weight != "balanced":
+        return float(pos_weight)
+    counts = label_counts(rows)
+    if not counts["positive"] or not counts["negative"]:
+        raise ValueError(f"`pos_weight='balanced'` needs training rows of both classes, got {counts}.")
+    return counts["negative"] / counts["positive"]
+
+
 class SeededLengthGroupedSampler(LengthGroupedSampler):
     """A [`LengthGroupedSampler`] whose order depends on seed and epoch alone, so that a resumed run sees the same."""
 
@@ -201,19 +217,9 @@ class ClsGenSFTTrainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if "cls_head" in name:
                 parameter.data = parameter.data.float()
-        config.pos_weight = self._resolve_pos_weight(args.pos_weight)
+        config.pos_weight = resolve_pos_weight(args.pos_weight, self.train_dataset)
         self.loss_is_scaled_for_ga = True
         self.compute_metrics = self._classification_metrics
-
-    def _resolve_pos_weight(self, pos_weight: str) -> float:
-        if pos_weight == "none":
-            return 1.0
-        if pos_weight != "balanced":
-            return float(pos_weight)
-        counts = label_counts(self.train_dataset)
-        if not counts["positive"] or not counts["negative"]:
-            raise ValueError(f"`pos_weight='balanced'` needs training rows of both classes, got {counts}.")
-        return counts["negative"] / counts["positive"]
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if "input_ids" not in dataset.column_names:
@@ -242,7 +248,8 @@ class ClsGenSFTTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         lengths = [len(ids) for ids in train_dataset["input_ids"]]
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return SeededLengthGroupedSampler(batch_size, lengths, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthGroupedSampler(batch_size, lengths, seed)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler:
         return SequentialSampler(eval_dataset)  # predictions come in row order, whatever training does

@@ -5,6 +5,7 @@ Pretrained Features and Underperform Out-of-Distribution": linear probe, then fi
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -18,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
+from clsgen.configuration_clsgen import POOLINGS
 from clsgen.modeling_clsgen import IGNORE_INDEX, ClsGenForCausalLMAndClassification
 from clsgen.training_rows import DataCollatorForClsGen
 
@@ -39,7 +41,7 @@ class Probe:
 def candidate_reads(num_hidden_layers: int) -> list[tuple[Read, ...]]:
     """Head forms worth trying, the simplest first: the stock form, one middle layer, and a mean with a decision.
 
-    Middle layers (40 to 80% of the depth, at most six) hold the most about a decision in models of all sizes.
+    Of the middle layers, six between 40 and 80% of the depth: a search over all would cost more than it finds.
     """
     low, high = round(0.4 * num_hidden_layers), round(0.8 * num_hidden_layers)
     middle = sorted({int(layer) for layer in np.linspace(low, high, 6).round()} - {0})
@@ -124,13 +126,14 @@ def choose_probe(
     if counts.min() < 2:
         raise ValueError(f"The warm start needs at least 2 training rows of each class, got {counts.tolist()}.")
     folds = StratifiedKFold(min(5, int(counts.min())), shuffle=True, random_state=seed)
-    probes: list[Probe] = []
-    for reads in sorted(candidates, key=len):
-        parts = [{probe.reads for probe in _best(probes, pooling)} for _, pooling in reads]
-        if len(reads) > 1 and all(parts) and not all((r,) in part for r, part in zip(reads, parts, strict=True)):
-            continue
-        columns = np.concatenate([features[read] for read in reads], axis=1)
-        probes.append(_cross_validate(columns, labels, reads, folds))
+
+    def cross_validate(chosen: list[tuple[Read, ...]]) -> list[Probe]:
+        columns = (np.concatenate([features[read] for read in reads], axis=1) for reads in chosen)
+        return [_cross_validate(x, labels, reads, folds) for reads, x in zip(chosen, columns, strict=True)]
+
+    probes = cross_validate([reads for reads in candidates if len(reads) == 1])
+    good = {probe.reads[0] for pooling in POOLINGS for probe in _best(probes, pooling)}
+    probes += cross_validate([reads for reads in candidates if len(reads) > 1 and (not probes or good >= set(reads))])
     best = min(probes, key=lambda probe: probe.log_loss)
     for probe in sorted(probes, key=lambda probe: probe.log_loss)[:5]:
         logger.info("Probe %s: cross-validated log loss %.4f, AUROC %.3f", probe.reads, probe.log_loss, probe.auroc)
@@ -138,8 +141,7 @@ def choose_probe(
 
 
 def _best(probes: list[Probe], pooling: str, most: int = 3) -> list[Probe]:
-    alone = [probe for probe in probes if len(probe.reads) == 1 and probe.reads[0][1] == pooling]
-    return sorted(alone, key=lambda probe: probe.log_loss)[:most]
+    return sorted((p for p in probes if p.reads[0][1] == pooling), key=lambda probe: probe.log_loss)[:most]
 
 
 def warm_start(
@@ -151,7 +153,8 @@ def warm_start(
 ) -> Probe:
     """Fits the head on frozen features and writes it into the model.
 
-    Features are standardised for the fit, and that is folded into the head's weights.
+    Features are standardised for the fit, and that is folded into the head's weights. The probe is unweighted, so the
+    log of the config's `pos_weight`, which inference subtracts, is added to the head's bias.
 
     Args:
         model (`ClsGenForCausalLMAndClassification`): Gets `cls_reads` and head weights.
@@ -176,7 +179,7 @@ def warm_start(
     scaler = StandardScaler().fit(columns)
     regression = LogisticRegression(C=probe.inverse_penalty, max_iter=5000).fit(scaler.transform(columns), labels)
     weight = regression.coef_ / scaler.scale_
-    bias = regression.intercept_ - weight @ scaler.mean_
+    bias = regression.intercept_ - weight @ scaler.mean_ + math.log(model.config.pos_weight)
     model.set_reads(list(probe.reads))
     with torch.no_grad():
         model.cls_head.weight.copy_(torch.as_tensor(weight))

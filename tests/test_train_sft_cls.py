@@ -88,6 +88,19 @@ def test_without_a_validation_split_calibration_is_skipped_and_the_card_says_so(
     assert "no validation split" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
+def test_a_probe_alone_undoes_its_pos_weight(task_folder, backbones, tmp_path):
+    reports = []
+    for pos_weight in ("none", "7"):
+        output = tmp_path / pos_weight
+        more = ["--num_train_epochs", "0", "--max_steps", "-1", "--num_examples", "0", "--pos_weight", pos_weight]
+        main(command(task_folder, backbones["llama"], output, *more))
+        reports.append(json.loads((output / "metrics.json").read_text()))
+    assert reports[1]["pos_weight"] == 7
+    assert reports[1]["test_uncalibrated"] == pytest.approx(reports[0]["test_uncalibrated"], abs=1e-4)
+    with pytest.raises(ValueError, match="nothing would be learned"):
+        main(command(task_folder, backbones["llama"], tmp_path / "x", *more, "--warm_start", "false"))
+
+
 def test_flags_override_the_recipe_and_unknown_keys_are_errors(task_folder, backbones, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("cls_loss_wieght: 0.3\n")
