@@ -103,6 +103,65 @@ def choose_threshold(labels: ArrayLike, probabilities: ArrayLike, method: str = 
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
+def conformal_quantiles(labels: ArrayLike, probabilities: ArrayLike, error_rate: float) -> tuple[float, float]:
+    """Largest nonconformity score `1 - p(label)` at which each label stays in a prediction set.
+
+    Split-conformal prediction, by class (Mondrian; Vovk, 2012, "Conditional Validity of Inductive Conformal
+    Predictors"): a new row of either label keeps its label in the set with a probability of at least
+    `1 - error_rate`, whatever the model and the base rate, if it comes from where the validation rows of its label
+    come from. By class, because a guarantee over both is met by failing the rarer; and because such a set is the same
+    under every rising transformation of the logits, so that calibration may be fitted on the same rows.
+
+    Args:
+        labels: Shape `(rows,)`, each 0 or 1, with both present.
+        probabilities: Shape `(rows,)`, the probability of label 1, in [0, 1].
+        error_rate (`float`): In (0, 1).
+
+    Returns:
+        `tuple[float, float]`: For label 0 and label 1: the `ceil((n + 1) * (1 - error_rate))`-th smallest score of the
+        label's n rows; 1.0, which rules nothing out, where n is too small for the error rate.
+
+    Raises:
+        ValueError: An error rate outside (0, 1); and as [`choose_threshold`] does.
+    """
+    if not 0 < error_rate < 1:
+        raise ValueError(f"The conformal error rate must lie between 0 and 1, both excluded, got {error_rate}.")
+    labels, probabilities = check_labels(labels, probabilities), check_probabilities(probabilities)
+    _check_both_classes(labels)
+    quantiles = []
+    for label in (0, 1):
+        of_label = probabilities[labels == label]
+        scores = np.sort(1 - of_label if label else of_label)
+        rank = math.ceil((len(scores) + 1) * (1 - error_rate) - 1e-9)
+        if rank > len(scores):
+            logger.warning(
+                "%d validation rows of label %d are too few for a conformal error rate of %g: it is never ruled out.",
+                len(scores), label, error_rate,
+            )  # fmt: skip
+        quantiles.append(float(scores[rank - 1]) if rank <= len(scores) else 1.0)
+    return quantiles[0], quantiles[1]
+
+
+def conformal_coverage(
+    labels: ArrayLike, probabilities: ArrayLike, quantiles: tuple[float, float]
+) -> dict[str, float | list[float]]:
+    """How prediction sets turn out on rows: `coverage` (of label 0, of label 1) and the share `abstained`.
+
+    Args:
+        labels, probabilities: Shape `(rows,)`, see [`conformal_quantiles`].
+        quantiles (`tuple[float, float]`): As [`conformal_quantiles`] gives them.
+
+    Returns:
+        `dict`: nan for the coverage of a label without rows.
+    """
+    labels, probabilities = check_labels(labels, probabilities), check_probabilities(probabilities)
+    kept = np.stack([probabilities <= quantiles[0], 1 - probabilities <= quantiles[1]])
+    coverage = [
+        float(kept[label][labels == label].mean()) if (labels == label).any() else math.nan for label in (0, 1)
+    ]
+    return {"coverage": coverage, "abstained": float((kept.sum(axis=0) != 1).mean())}
+
+
 def _check_both_classes(labels: np.ndarray) -> None:
     if labels.min() == labels.max():
         raise ValueError(f"Rows of both labels are needed; all {len(labels)} have label {labels[0]}.")

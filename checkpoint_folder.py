@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from clsgen.atomic_io import write_json
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 
+ROOT = Path(__file__).resolve().parent
+ENTRY_POINTS = ("pipeline_clsgen.py", "handler.py")  # found by name, so `save_pretrained` doesn't know of them
 CARD_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
 
 
@@ -33,6 +35,8 @@ def write_checkpoint(model: ClsGenForCausalLMAndClassification, folder: str | Pa
     try:
         model.save_pretrained(temporary)
         model.tokenizer.save_pretrained(temporary)
+        for name in ENTRY_POINTS:
+            shutil.copy(ROOT / name, temporary / name)
         write_json(temporary / "metrics.json", report)
         model_card(model, report).save(temporary / "README.md")
         _replace(folder, temporary)

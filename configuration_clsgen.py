@@ -1,5 +1,6 @@
 """CLSGen configuration: a causal LM's own config, and all that its second head and its prompts need at inference."""
 
+import copy
 import math
 from typing import Any
 
@@ -11,6 +12,14 @@ AUTO_MAP = {
     "AutoModel": "modeling_clsgen.ClsGenForCausalLMAndClassification",
     "AutoModelForCausalLM": "modeling_clsgen.ClsGenForCausalLMAndClassification",
     "AutoModelForSequenceClassification": "modeling_clsgen.ClsGenForCausalLMAndClassification",
+    "AutoModelForDecision": "modeling_clsgen.ClsGenForCausalLMAndClassification",
+}
+CUSTOM_PIPELINES = {
+    "text-classification": {
+        "impl": "pipeline_clsgen.ClsGenPipeline",
+        "pt": ["AutoModelForSequenceClassification"],
+        "type": "text",
+    }
 }
 
 
@@ -35,6 +44,11 @@ class ClsGenConfig(PreTrainedConfig):
             a top-level `temperature` for a generation parameter.
         threshold (`float`, *optional*, defaults to 0.5):
             The positive label is given where `probability >= threshold`.
+        base_rate (`float`, *optional*):
+            Share of the positive class among the rows that calibration was fitted on; needed to re-base probabilities.
+        conformal (`dict`, *optional*):
+            `{"error_rate": ..., "quantiles": [q0, q1]}`: a label stays in the prediction set while `1 - p(label)` is
+            at most its quantile; rows of each label then lose it with a probability of at most `error_rate`.
         prompt (`dict`, *optional*):
             The task's prompt, see [`prompting_clsgen.TaskPrompt`].
         max_prompt_length (`int`, *optional*, defaults to 864):
@@ -57,6 +71,8 @@ class ClsGenConfig(PreTrainedConfig):
         pos_weight: float = 1.0,
         calibration: dict[str, float] | None = None,
         threshold: float = 0.5,
+        base_rate: float | None = None,
+        conformal: dict[str, Any] | None = None,
         prompt: dict[str, Any] | None = None,
         max_prompt_length: int = 864,
         explanation_mode: str = "guided",
@@ -74,10 +90,13 @@ class ClsGenConfig(PreTrainedConfig):
         self.pos_weight = pos_weight
         self.calibration = {"temperature": 1.0, "bias": 0.0, **(calibration or {})}
         self.threshold = threshold
+        self.base_rate = base_rate
+        self.conformal = conformal
         self.prompt = prompt
         self.max_prompt_length = max_prompt_length
         self.explanation_mode = explanation_mode
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("custom_pipelines", copy.deepcopy(CUSTOM_PIPELINES))
         kwargs.setdefault("num_labels", 2)
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
@@ -95,6 +114,8 @@ class ClsGenConfig(PreTrainedConfig):
         for name, value in (("pos_weight", self.pos_weight), ("temperature", self.calibration["temperature"])):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"`{name}` must be a finite number above 0, got {value}.")
+        if self.base_rate is not None and not 0 < self.base_rate < 1:
+            raise ValueError(f"`base_rate` must lie between 0 and 1, both excluded, got {self.base_rate}.")
         if self.explanation_mode not in ("guided", "free"):
             raise ValueError(f"`explanation_mode` must be 'guided' or 'free', got {self.explanation_mode!r}.")
 

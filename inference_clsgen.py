@@ -1,59 +1,30 @@
-"""What a user calls on a CLSGen model: `classify` and `classify_and_explain`, and the `Prediction` they return."""
+"""What a user calls on a CLSGen model: `classify`, `classify_and_explain`, their iterators, `explain` and `stream`."""
 
-import copy
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from transformers import AutoTokenizer, BatchEncoding, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .attribution_clsgen import occlusions
+from .batching_clsgen import pad_left, token_batches, windows
+from .explaining_clsgen import Prefill, stream_pieces, with_length
+from .prediction_clsgen import Attribution, DecisionRule, Prediction
 from .prompting_clsgen import EncodedPrompt, PromptEncoder, TaskPrompt
 
-logger = logging.get_logger(__name__)
 Text = str | dict[str, str]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer to the task's question about one text.
-
-    Args:
-        label (`str`): Name of the label given.
-        label_id (`int`): 1 where `probability >= threshold`, else 0.
-        probability (`float`): Calibrated, of label 1.
-        logit (`float`): Of the head, before calibration, corrected for the `pos_weight` of training.
-        threshold (`float`): The decision threshold on `probability`.
-        explanation (`str`, *optional*): In words; `None` from `classify`.
-        lm_probability (`float`, *optional*): The LM's own probability of the verdict of label 1 against that of label
-            0. Far from `probability`, it is a sign to look closer. `None` from `classify` and in `free` mode.
-        truncated (`bool`): Whether the text was too long, and read without the middle of its document.
-    """
-
-    label: str
-    label_id: int
-    probability: float
-    logit: float
-    threshold: float
-    explanation: str | None = None
-    lm_probability: float | None = None
-    truncated: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The prediction as JSON-serialisable values."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        head = f"{self.label} (probability {self.probability:.3f}, threshold {self.threshold:.3f})"
-        notes = ", text truncated" if self.truncated else ""
-        return f"{head}{notes}" + (f": {self.explanation}" if self.explanation is not None else "")
+MAX_BATCH_TOKENS = 4096
+WINDOW = 1024
 
 
 class ClsGenInferenceMixin:
-    """Inference methods of [`ClsGenForCausalLMAndClassification`]."""
+    """Inference methods of [`ClsGenForCausalLMAndClassification`].
+
+    They change nothing in the model but its mode (to evaluation), so threads may call them side by side.
+    """
 
     _tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -78,10 +49,15 @@ class ClsGenInferenceMixin:
         """Encodes this model's prompts, verdict lines and explanations."""
         prompt = TaskPrompt.from_dict(self.config.prompt)
         key = (id(self.tokenizer), prompt, self.config.max_prompt_length)
-        if getattr(self, "_encoder_key", None) != key:
-            self._encoder = PromptEncoder(self.tokenizer, prompt, self.config.max_prompt_length)
-            self._encoder_key = key
-        return self._encoder
+        made = getattr(self, "_encoder", None)
+        if made is None or made[0] != key:
+            made = self._encoder = (key, PromptEncoder(self.tokenizer, prompt, self.config.max_prompt_length))
+        return made[1]
+
+    @property
+    def pad_token_id(self) -> int:
+        """What rows are padded with; attention never sees it."""
+        return self.generation_config.pad_token_id or 0
 
     def _stop_at_end_of_turn(self) -> None:
         """Makes `generate` stop at the chat template's end of turn, which is not always the eos token."""
@@ -93,86 +69,152 @@ class ClsGenInferenceMixin:
             pad, eos = self.tokenizer.pad_token_id, self.generation_config.eos_token_id
             self.generation_config.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
 
-    def calibrated(self, logits: torch.FloatTensor) -> tuple[torch.FloatTensor, torch.FloatTensor]:
-        """Raw head logits of any shape to (logits corrected for `pos_weight`, calibrated probabilities)."""
-        logits = logits.double() - math.log(self.config.pos_weight)
-        calibration = self.config.calibration
-        return logits, torch.sigmoid(logits / calibration["temperature"] + calibration["bias"])
-
-    def predictions(self, logits: torch.FloatTensor, prompts: list[EncodedPrompt]) -> list[Prediction]:
-        """Raw head logits of shape `(n,)` to predictions without explanations."""
-        corrected, probabilities = self.calibrated(logits)
-        predictions = []
-        for prompt, logit, probability in zip(prompts, corrected.tolist(), probabilities.tolist(), strict=True):
-            label_id = int(probability >= self.config.threshold)
-            predictions.append(
-                Prediction(
-                    label=self.config.label_names[label_id],
-                    label_id=label_id,
-                    probability=probability,
-                    logit=logit,
-                    threshold=self.config.threshold,
-                    truncated=prompt.truncated,
-                )
-            )
-        return predictions
-
-    def _encode_all(self, texts: Iterable[Text]) -> list[EncodedPrompt]:
+    def _encode_all(self, texts: list[Text], first: int = 0) -> list[EncodedPrompt]:
         prompts = []
-        for i, text in enumerate(texts):
+        for i, text in enumerate(texts, start=first):
             try:
                 prompts.append(self.encoder.encode(text))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"Text {i}: {error}") from error
         return prompts
 
-    def _batches(self, prompts: list[EncodedPrompt], batch_size: int) -> Iterator[tuple[list[int], BatchEncoding]]:
-        """Indices and left-padded ids of batches of alike lengths, the longest first (memory runs out at once)."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            yield indices, self._pad_left([prompts[i].input_ids for i in indices])
+    def _mode(self, mode: str | None) -> str:
+        mode = mode or self.config.explanation_mode
+        if mode not in ("guided", "free"):
+            raise ValueError(f"`mode` must be 'guided' or 'free', got {mode!r}.")
+        return mode
 
-    def _pad_left(self, rows: list[list[int]]) -> BatchEncoding:
-        length = max(map(len, rows))
-        pad = self.generation_config.pad_token_id or 0
-        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+    def _predict_iter(
+        self,
+        texts: Iterable[Text],
+        predict: Callable[[list[EncodedPrompt]], list[Prediction]],
+        *,
+        batch_size: int | None,
+        max_batch_tokens: int,
+        attributions: bool,
+        progress: bool,
+    ) -> Iterator[Prediction]:
+        """Predictions in the order of `texts`, batched over windows of them, so that memory stays constant."""
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        self.eval()
+        total = len(texts) if hasattr(texts, "__len__") else None
+        done = 0
+        with logging.tqdm(total=total, desc="Classifying", unit="text", disable=not progress) as bar:
+            for window in windows(texts, WINDOW):
+                prompts = self._encode_all(window, first=done)
+                predictions: dict[int, Prediction] = {}
+                lengths = [len(prompt.input_ids) for prompt in prompts]
+                for indices in token_batches(lengths, max_batch_tokens, batch_size):
+                    with torch.inference_mode():  # here, not around the loop: callers run their own code in between
+                        answers = predict([prompts[i] for i in indices])
+                    predictions.update(zip(indices, answers, strict=True))
+                    bar.update(len(indices))
+                done += len(window)
+                for i, text in enumerate(window):
+                    found = self.attribute(text) if attributions else None
+                    yield replace(predictions[i], attributions=found)
 
-    @torch.inference_mode()
-    def classify(self, texts: Text | list[Text], batch_size: int = 8) -> Prediction | list[Prediction]:
-        """The task's answer for each text, without an explanation.
+    def classify_iter(
+        self,
+        texts: Iterable[Text],
+        batch_size: int | None = None,
+        *,
+        prior: float | None = None,
+        attributions: bool = False,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        progress: bool = False,
+    ) -> Iterator[Prediction]:
+        """[`classify`] for any iterable: an iterator in the same order, in constant memory.
+
+        Texts are read 1,024 ahead. `progress` shows a bar. For the rest see [`classify`].
+        """
+        rule = DecisionRule.from_config(self.config)
+        rule.prior_shift(prior)
+
+        def predict(prompts: list[EncodedPrompt]) -> list[Prediction]:
+            batch = pad_left([prompt.input_ids for prompt in prompts], self.pad_token_id, self.device)
+            logits = self.head_logits(batch["input_ids"], batch["attention_mask"]).cpu()
+            return rule.predict(logits, [prompt.truncated for prompt in prompts], prior)
+
+        return self._predict_iter(
+            texts, predict, batch_size=batch_size, max_batch_tokens=max_batch_tokens, attributions=attributions,
+            progress=progress,
+        )  # fmt: skip
+
+    def classify(
+        self,
+        texts: Text | list[Text],
+        batch_size: int | None = None,
+        *,
+        prior: float | None = None,
+        attributions: bool = False,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+    ) -> Prediction | list[Prediction]:
+        """The task's answer for each text, without an explanation: only the layers below the head are run.
 
         Args:
             texts (`str`, `dict` or a list of them): A `dict` has the task's fields; a `str` is a whole text.
-            batch_size (`int`, *optional*, defaults to 8): Texts a forward pass; answers don't depend on it.
+            batch_size (`int`, *optional*): Most texts a forward pass; answers don't depend on it.
+            prior (`float`, *optional*): Another base rate of label 1 to re-base probabilities to, in (0, 1).
+            attributions (`bool`, *optional*, defaults to `False`): Whether to say what each sentence does to the
+                answer; costs about one more text a sentence.
+            max_batch_tokens (`int`, *optional*, defaults to 4096): Most tokens a forward pass, padding included.
 
         Returns:
             [`Prediction`], or for a list a list of them in the same order.
 
         Raises:
-            TypeError, ValueError: for a text that cannot be used, naming its place and what is wrong.
+            TypeError, ValueError: for a text or `prior` that cannot be used, naming its place and what is wrong.
         """
         single = isinstance(texts, str | dict)
-        prompts = self._encode_all([texts] if single else texts)
-        self.eval()
-        logits = torch.empty(len(prompts))
-        nothing = torch.empty(0, dtype=torch.long, device=self.device)
-        for indices, batch in self._batches(prompts, batch_size):
-            logits[indices] = self(**batch, use_cache=False, logits_to_keep=nothing).cls_logits[:, -1].cpu()
-        predictions = self.predictions(logits, prompts)
+        options = {"prior": prior, "attributions": attributions, "max_batch_tokens": max_batch_tokens}
+        predictions = list(self.classify_iter([texts] if single else texts, batch_size, **options))
         return predictions[0] if single else predictions
 
-    @torch.inference_mode()
+    def classify_and_explain_iter(
+        self,
+        texts: Iterable[Text],
+        batch_size: int | None = None,
+        mode: str | None = None,
+        *,
+        prior: float | None = None,
+        attributions: bool = False,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        progress: bool = False,
+        **generate_kwargs,
+    ) -> Iterator[Prediction]:
+        """[`classify_and_explain`] for any iterable; see [`classify_iter`]."""
+        mode = self._mode(mode)
+        rule = DecisionRule.from_config(self.config)
+        rule.prior_shift(prior)
+
+        def predict(prompts: list[EncodedPrompt]) -> list[Prediction]:
+            prefill = Prefill(self, prompts)
+            predictions = rule.predict(prefill.cls_logits, [prompt.truncated for prompt in prompts], prior)
+            labels = [prediction.label_id for prediction in predictions] if mode == "guided" else None
+            return self._explained(prefill, predictions, labels, generate_kwargs)
+
+        return self._predict_iter(
+            texts, predict, batch_size=batch_size, max_batch_tokens=max_batch_tokens, attributions=attributions,
+            progress=progress,
+        )  # fmt: skip
+
     def classify_and_explain(
-        self, texts: Text | list[Text], batch_size: int = 8, mode: str | None = None, **generate_kwargs
+        self,
+        texts: Text | list[Text],
+        batch_size: int | None = None,
+        mode: str | None = None,
+        *,
+        prior: float | None = None,
+        attributions: bool = False,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        **generate_kwargs,
     ) -> Prediction | list[Prediction]:
         """The task's answer for each text, and an explanation generated from the same prefill.
 
         Args:
-            texts (`str`, `dict` or a list of them): As in [`classify`].
-            batch_size (`int`, *optional*, defaults to 8): Texts a batch.
+            texts, batch_size, prior, attributions, max_batch_tokens: As in [`classify`].
             mode (`"guided"` or `"free"`, *optional*): `"guided"` starts the explanation from the verdict line of the
                 head's decision, `"free"` gives the LM no hint. Defaults to the config's `explanation_mode`.
             generate_kwargs: For `generate`, over the stored generation config; e.g. `max_new_tokens`, `do_sample`.
@@ -181,62 +223,170 @@ class ClsGenInferenceMixin:
             [`Prediction`], or for a list a list of them in the same order.
 
         Raises:
-            TypeError, ValueError: for a text or `mode` that cannot be used.
+            TypeError, ValueError: for a text, `prior` or `mode` that cannot be used.
         """
-        mode = mode or self.config.explanation_mode
-        if mode not in ("guided", "free"):
-            raise ValueError(f"`mode` must be 'guided' or 'free', got {mode!r}.")
         single = isinstance(texts, str | dict)
-        prompts = self._encode_all([texts] if single else texts)
-        self.eval()
-        results: dict[int, Prediction] = {}
-        for indices, batch in self._batches(prompts, batch_size):
-            explained = self._explain_batch([prompts[i] for i in indices], batch, mode, generate_kwargs)
-            results.update(zip(indices, explained, strict=True))
-        return results[0] if single else [results[i] for i in range(len(prompts))]
-
-    def _explain_batch(
-        self, prompts: list[EncodedPrompt], batch: BatchEncoding, mode: str, generate_kwargs: dict[str, Any]
-    ) -> list[Prediction]:
-        cache = DynamicCache(config=self.config.text_config)
-        if mode == "free":
-            cache.activate_past_recording()  # sliding windows can be cropped then
-        prefill = self(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        predictions = self.predictions(prefill.cls_logits[:, -1].cpu(), prompts)
-        lm_probabilities = [None] * len(prompts)
-        if mode == "guided":
-            lm_probabilities = self._lm_probabilities(prefill, batch["attention_mask"]).tolist()
-            verdicts = self._pad_left([self.encoder.encode_verdict(p.label_id) for p in predictions])
-            batch = {name: torch.cat([batch[name], verdicts[name]], dim=1) for name in batch}
-        else:
-            cache.crop(-1)  # the cache holds the whole prompt, and generate needs a token to start from
-        if "max_length" not in generate_kwargs:
-            generate_kwargs = {"max_new_tokens": self.generation_config.max_new_tokens or 128, **generate_kwargs}
-        generated = self.generate(**batch, past_key_values=cache, return_dict_in_generate=False, **generate_kwargs)
-        new_ids = generated[:, batch["input_ids"].shape[1] :]
-        texts = self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        return [
-            replace(
-                prediction, explanation=self.encoder.prompt.strip_verdict_line(text), lm_probability=lm_probability
+        options = {"prior": prior, "attributions": attributions, "max_batch_tokens": max_batch_tokens}
+        predictions = list(
+            self.classify_and_explain_iter(
+                [texts] if single else texts, batch_size, mode, **options, **generate_kwargs
             )
-            for prediction, text, lm_probability in zip(predictions, texts, lm_probabilities, strict=True)
+        )
+        return predictions[0] if single else predictions
+
+    @torch.inference_mode()
+    def explain(
+        self,
+        text: Text,
+        label: str | int | list[str | int] | None = None,
+        *,
+        prior: float | None = None,
+        **generate_kwargs,
+    ) -> Prediction | list[Prediction]:
+        """An explanation of a verdict of the caller's choice: what would speak for it, were it true?
+
+        The number stays the head's own; `explained_label` names the verdict that the words argue for.
+
+        Args:
+            text (`str` or `dict`): As in [`classify`].
+            label (`str`, `int` or a list of them, *optional*): Name or id of the label to argue for; several share one
+                prefill. Defaults to the head's decision.
+            prior: As in [`classify`].
+            generate_kwargs: For `generate`.
+
+        Returns:
+            [`Prediction`], or for a list of labels a list of them.
+
+        Raises:
+            TypeError, ValueError: for a text, label or `prior` that cannot be used.
+        """
+        several = isinstance(label, list | tuple)
+        wanted = [self._label_id(each) for each in (label if several else [label])]
+        prompts = self._encode_all([text])
+        self.eval()
+        prefill = Prefill(self, prompts)
+        rule = DecisionRule.from_config(self.config)
+        predictions = rule.predict(prefill.cls_logits, [prompts[0].truncated], prior)
+        explained = []
+        for i, label_id in enumerate(wanted):
+            labels = [predictions[0].label_id if label_id is None else label_id]
+            explained += self._explained(prefill, predictions, labels, generate_kwargs, keep=i + 1 < len(wanted))
+        return explained if several else explained[0]
+
+    def _label_id(self, label: str | int | None) -> int | None:
+        names = self.config.label_names
+        if label is None or (label in (0, 1) and not isinstance(label, bool | float)):
+            return label
+        if label in names:
+            return names.index(label)
+        raise ValueError(f"`label` is one of {names}, 0 or 1, got {label!r}.")
+
+    def _explained(
+        self,
+        prefill: Prefill,
+        predictions: list[Prediction],
+        labels: list[int] | None,
+        generate_kwargs: dict[str, Any],
+        keep: bool = False,
+    ) -> list[Prediction]:
+        readings = [None] * len(predictions) if labels is None else prefill.lm_probabilities().tolist()
+        names = [None if labels is None else self.config.label_names[labels[i]] for i in range(len(predictions))]
+        words = prefill.explain(labels, generate_kwargs, keep)
+        return [
+            replace(prediction, explanation=text, explained_label=name, lm_probability=reading)
+            for prediction, text, name, reading in zip(predictions, words, names, readings, strict=True)
         ]
 
-    def _lm_probabilities(self, prefill: Any, attention_mask: torch.Tensor) -> torch.FloatTensor:
-        """P(verdict of 1) / (P(verdict of 0) + P(verdict of 1)) by the LM, shape `(batch_size,)`."""
-        scores = []
-        for label in (0, 1):
-            verdict = torch.tensor([self.encoder.encode_verdict(label)], device=self.device)
-            verdict = verdict.expand(len(attention_mask), -1)
-            logits = prefill.logits[:, -1:]
-            if verdict.shape[1] > 1:
-                given = verdict[:, :-1]
-                following = self(
-                    input_ids=given,
-                    attention_mask=F.pad(attention_mask, (0, given.shape[1]), value=1),
-                    past_key_values=copy.deepcopy(prefill.past_key_values),
-                )
-                logits = torch.cat([logits, following.logits], dim=1)
-            log_probabilities = logits.float().log_softmax(dim=-1)
-            scores.append(log_probabilities.gather(2, verdict[..., None]).sum(dim=(1, 2)))
-        return torch.sigmoid(scores[1] - scores[0])
+    def stream(
+        self,
+        text: Text,
+        mode: str | None = None,
+        *,
+        prior: float | None = None,
+        timeout: float | None = None,
+        **generate_kwargs,
+    ) -> Iterator[Prediction | str]:
+        """The number at once, then the words while they are written.
+
+        Args:
+            text, mode, prior: As in [`classify_and_explain`].
+            timeout (`float`, *optional*): Longest wait for a piece, in seconds.
+            generate_kwargs: For `generate`.
+
+        Returns:
+            An iterator over a [`Prediction`] without explanation, then pieces of the explanation (`str`), then the
+            finished [`Prediction`]. Closing it early ends the generation.
+
+        Raises:
+            TypeError, ValueError: at the call, for a text, `mode` or `prior` that cannot be used.
+        """
+        mode = self._mode(mode)
+        prompts = self._encode_all([text])
+        rule = DecisionRule.from_config(self.config)
+        rule.prior_shift(prior)
+        return self._stream(prompts, rule, mode, prior, timeout, generate_kwargs)
+
+    @torch.inference_mode()
+    def _stream(
+        self,
+        prompts: list[EncodedPrompt],
+        rule: DecisionRule,
+        mode: str,
+        prior: float | None,
+        timeout: float | None,
+        generate_kwargs: dict[str, Any],
+    ) -> Iterator[Prediction | str]:
+        self.eval()
+        prefill = Prefill(self, prompts)
+        prediction = rule.predict(prefill.cls_logits, [prompts[0].truncated], prior)[0]
+        if mode == "guided":
+            name, reading = self.config.label_names[prediction.label_id], prefill.lm_probabilities().item()
+            prediction = replace(prediction, explained_label=name, lm_probability=reading)
+        yield prediction
+        inputs = prefill.start([prediction.label_id] if mode == "guided" else None)
+        pieces = []
+        for piece in stream_pieces(self, inputs, with_length(self, generate_kwargs), timeout):
+            pieces.append(piece)
+            yield piece
+        yield replace(prediction, explanation="".join(pieces).strip())
+
+    async def astream(self, text: Text, mode: str | None = None, **kwargs) -> AsyncIterator[Prediction | str]:
+        """[`stream`] for `async for`: the event loop stays free while the model works."""
+        events = self.stream(text, mode, **kwargs)
+        try:
+            while (event := await asyncio.to_thread(next, events, None)) is not None:
+                yield event
+        finally:
+            await asyncio.to_thread(events.close)
+
+    @torch.inference_mode()
+    def attribute(self, text: Text, max_batch_tokens: int = MAX_BATCH_TOKENS) -> tuple[Attribution, ...]:
+        """What each sentence of a text does to the head's logit, by leaving it out.
+
+        Args:
+            text (`str` or `dict`): As in [`classify`].
+            max_batch_tokens (`int`, *optional*, defaults to 4096): As in [`classify`].
+
+        Returns:
+            `tuple[Attribution, ...]`: In the order of the text; nothing for what was cut from too long a text.
+        """
+        whole, places, variants = occlusions(self.encoder, text)
+        prompts = [whole, *variants]
+        logits = torch.empty(len(prompts))
+        self.eval()
+        for indices in token_batches([len(prompt) for prompt in prompts], max_batch_tokens):
+            batch = pad_left([prompts[i] for i in indices], self.pad_token_id, self.device)
+            logits[indices] = self.head_logits(batch["input_ids"], batch["attention_mask"]).cpu()
+        scores = (logits[0] - logits[1:]).tolist()
+        return tuple(Attribution(*place, score=score) for place, score in zip(places, scores, strict=True))
+
+    @torch.inference_mode()
+    def _decide(self, input_ids: list[int], explain: bool) -> Prediction:
+        """The prediction for a prompt that is encoded already."""
+        self.eval()
+        prefill = Prefill(self, [EncodedPrompt(input_ids, truncated=False)])
+        predictions = DecisionRule.from_config(self.config).predict(prefill.cls_logits, [False])
+        if explain:
+            labels = [predictions[0].label_id] if self.config.explanation_mode == "guided" else None
+            predictions = self._explained(prefill, predictions, labels, {})
+        return predictions[0]

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GenerationM
 from transformers.utils import ModelOutput
 
 from .configuration_clsgen import ClsGenConfig
+from .decision_clsgen import ClsGenDecisionMixin
+from .early_exit_clsgen import decoder_up_to
 from .inference_clsgen import ClsGenInferenceMixin
 from .prompting_clsgen import TaskPrompt
 
@@ -186,7 +188,7 @@ class ClassificationHead(nn.Linear):
         return logits
 
 
-class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, PreTrainedModel, GenerationMixin):
+class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMixin, PreTrainedModel, GenerationMixin):
     """A causal LM with a second head that answers a binary question about the prompt.
 
     The backbone is any model of `AutoModelForCausalLM`, held whole as `lm`: its logits stay bit for bit its own.
@@ -290,6 +292,30 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, PreTrainedModel, 
     def read_layers(self) -> list[int]:
         """Non-negative indices into `hidden_states` that the head reads, one a read."""
         return [layer % (self.config.text_config.num_hidden_layers + 1) for layer, _ in self.config.cls_reads]
+
+    def head_logits(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.FloatTensor:
+        """The head's logit at the last token of each row, by the layers below the head alone.
+
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Padded on the
+                left.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size,)`: As `forward(...).cls_logits[:, -1]`.
+        """
+        layers = self.read_layers()
+        position_ids = positions_from_mask(attention_mask, input_ids.shape[1])
+        hidden_states = decoder_up_to(self.get_decoder(), max(layers))(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            output_hidden_states=sorted(set(layers)),
+            return_dict=True,
+        ).hidden_states
+        poolings = [pooling for _, pooling in self.config.cls_reads]
+        reads = [hidden_states[layer] for layer in layers]
+        return self.cls_head(reads, poolings, attention_mask, position_ids)[:, -1]
 
     def forward(
         self,

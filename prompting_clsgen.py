@@ -111,6 +111,25 @@ class EncodedPrompt:
     truncated: bool
 
 
+@dataclass(frozen=True)
+class FittedText:
+    """A text as a prompt that is not too long.
+
+    Args:
+        input_ids (`list[int]`): Of the prompt.
+        template, document (`str`): Of [`TaskPrompt`]; of a whole text where the text is a `str`.
+        values, shortened (`dict[str, str]`): The fields as given, and as they stand in the prompt.
+        cut (`tuple[int, int]`, *optional*): Characters of the document that the prompt leaves out.
+    """
+
+    input_ids: list[int]
+    template: str
+    document: str
+    values: dict[str, str]
+    shortened: dict[str, str]
+    cut: tuple[int, int] | None
+
+
 class PromptEncoder:
     """Encodes texts, verdict lines and explanations of one task for one tokenizer.
 
@@ -189,29 +208,36 @@ class PromptEncoder:
             TypeError, ValueError: see [`TaskPrompt.check_text`]; also where the prompt is too long without its
                 document.
         """
+        fitted = self.fit(text)
+        return EncodedPrompt(fitted.input_ids, truncated=fitted.cut is not None)
+
+    def fit(self, text: str | dict[str, str]) -> "FittedText":
+        """The text, shortened in the middle of its document where it is too long; raises as [`encode`] does."""
         values = self.prompt.check_text(text)
         template, document = self.prompt.template, self.prompt.document
         if isinstance(text, str):
             template, document = "{text}", "text"
-        ids = self._encode_body(template, values)
+        ids = self.encode_values(template, values)
         if len(ids) <= self.max_length:
-            return EncodedPrompt(ids, truncated=False)
-        keep = self.max_length - len(self._encode_body(template, {**values, document: ELLIPSIS}))
+            return FittedText(ids, template, document, values, values, cut=None)
+        keep = self.max_length - len(self.encode_values(template, {**values, document: ELLIPSIS}))
         offsets = self.tokenizer(values[document], add_special_tokens=False, return_offsets_mapping=True)
         offsets = offsets["offset_mapping"]
         while keep > 1:
             head, tail = (keep + 1) // 2, keep // 2
-            cut = values[document][: offsets[head - 1][1]] + ELLIPSIS + values[document][offsets[-tail][0] :]
-            ids = self._encode_body(template, {**values, document: cut})
+            start, end = offsets[head - 1][1], offsets[-tail][0]
+            shortened = {**values, document: values[document][:start] + ELLIPSIS + values[document][end:]}
+            ids = self.encode_values(template, shortened)
             if len(ids) <= self.max_length:
-                return EncodedPrompt(ids, truncated=True)
+                return FittedText(ids, template, document, values, shortened, cut=(start, end))
             keep -= len(ids) - self.max_length
         raise ValueError(
             f"The prompt is longer than {self.max_length} tokens even without its document ({document!r}). Shorten "
             "the other fields, or raise the model's `max_prompt_length`."
         )
 
-    def _encode_body(self, template: str, values: dict[str, str]) -> list[int]:
+    def encode_values(self, template: str, values: dict[str, str]) -> list[int]:
+        """Ids of the prompt with these values, however many they are."""
         body = _FIELD.sub(lambda match: values[match.group(1)], template)
         return self._prefix_ids + self.encode_plain(f"{body}\n\n{self.prompt.question}") + self._suffix_ids
 

@@ -30,7 +30,13 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
 from clsgen.backbones import resolve_backbone
-from clsgen.calibration import calibrated_probabilities, choose_threshold, fit_temperature_and_bias
+from clsgen.calibration import (
+    calibrated_probabilities,
+    choose_threshold,
+    conformal_coverage,
+    conformal_quantiles,
+    fit_temperature_and_bias,
+)
 from clsgen.checkpoint_folder import CARD_METRICS, write_checkpoint
 from clsgen.classification_metrics import classification_metrics
 from clsgen.configuration_clsgen import ClsGenConfig
@@ -67,6 +73,10 @@ class TaskArguments:
                                 "choices": ["f1", "youden", "fixed"]}
     )  # fmt: skip
     fixed_threshold: float = field(default=0.5, metadata={"help": "The threshold of `--threshold_method fixed`."})
+    conformal_error_rate: float = field(
+        default=0.1, metadata={"help": "Of the prediction sets that are fitted on the validation split: how often a "
+                                       "row of either label may lose its own."}
+    )  # fmt: skip
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without a better `metric_for_best_model` before training stops."}
     )
@@ -181,13 +191,14 @@ def calibrate(trainer: ClsGenSFTTrainer, config: ClsGenConfig, arguments: TaskAr
             f"The validation split holds one class only ({set(labels.tolist())}): nothing to calibrate on."
         )
     temperature, bias = fit_temperature_and_bias(logits, labels)
+    probabilities = calibrated_probabilities(logits, temperature, bias)
     config.calibration = {"temperature": temperature, "bias": bias}
-    config.threshold = choose_threshold(
-        labels,
-        calibrated_probabilities(logits, temperature, bias),
-        arguments.threshold_method,
-        arguments.fixed_threshold,
-    )
+    config.base_rate = float(labels.mean())
+    config.threshold = choose_threshold(labels, probabilities, arguments.threshold_method, arguments.fixed_threshold)
+    error_rate = arguments.conformal_error_rate
+    config.conformal = {
+        "error_rate": error_rate, "quantiles": list(conformal_quantiles(labels, probabilities, error_rate))
+    }  # fmt: skip
     return before_and_after("validation", logits, labels, config)
 
 
@@ -201,7 +212,10 @@ def score_test_split(
         {"id": row_id, "label": int(label), "probability": float(p), "logit": float(logit)}
         for row_id, label, p, logit in zip(ids, labels, probabilities, logits, strict=True)
     ]
-    return before_and_after("test", logits, labels, config), predictions
+    metrics = before_and_after("test", logits, labels, config)
+    if config.conformal:
+        metrics["test_conformal"] = conformal_coverage(labels, probabilities, config.conformal["quantiles"])
+    return metrics, predictions
 
 
 def describe_run(argv: list[str]) -> dict[str, Any]:
@@ -319,6 +333,8 @@ def finish(
         cls_reads=config.cls_reads,
         probe=None if probe is None else {"C": probe.inverse_penalty, "cv_auroc": probe.auroc},
         calibration=config.calibration,
+        base_rate=config.base_rate,
+        conformal=config.conformal,
         threshold=config.threshold,
         pos_weight=config.pos_weight,
         wall_seconds=round(time.time() - report.pop("started"), 1),

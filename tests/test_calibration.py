@@ -10,7 +10,13 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from clsgen.calibration import calibrated_probabilities, choose_threshold, fit_temperature_and_bias
+from clsgen.calibration import (
+    calibrated_probabilities,
+    choose_threshold,
+    conformal_coverage,
+    conformal_quantiles,
+    fit_temperature_and_bias,
+)
 
 
 def simulate(rows, temperature, bias, seed=0, scale=3.0):
@@ -197,3 +203,31 @@ def test_fixed_threshold():
 def test_bad_input_to_the_threshold_is_refused(labels, probabilities, method, message):
     with pytest.raises(ValueError, match=message):
         choose_threshold(labels, probabilities, method)
+
+
+def test_conformal_quantile_of_a_hand_computed_case():
+    labels = [0] * 9 + [1] * 4
+    probabilities = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.2, 0.4, 0.6, 0.8]
+    # label 0: rank ceil(10 * 0.8) = 8 of 9; label 1: rank ceil(5 * 0.8) = 4 of 4, the largest of 1 - p
+    assert conformal_quantiles(labels, probabilities, 0.2) == pytest.approx((0.8, 0.8))
+    assert conformal_quantiles(labels, probabilities, 0.1) == pytest.approx((0.9, 1.0))
+    with pytest.raises(ValueError, match="error rate"):
+        conformal_quantiles(labels, probabilities, 1.0)
+
+
+def test_conformal_sets_cover_each_class_at_any_base_rate_and_under_any_calibration():
+    generator = np.random.default_rng(0)
+    coverage = []
+    for _ in range(300):
+        labels = generator.random(200) < 0.2
+        logits = generator.normal(np.where(labels, 0.5, -0.5))
+        quantiles = conformal_quantiles(labels, 1 / (1 + np.exp(-logits)), 0.1)
+        sharper = conformal_quantiles(labels, 1 / (1 + np.exp(-3 * logits - 1)), 0.1)
+        new_labels = generator.random(400) < 0.6
+        new_logits = generator.normal(np.where(new_labels, 0.5, -0.5))
+        found = conformal_coverage(new_labels, 1 / (1 + np.exp(-new_logits)), quantiles)
+        again = conformal_coverage(new_labels, 1 / (1 + np.exp(-3 * new_logits - 1)), sharper)
+        assert found == again
+        coverage.append(found["coverage"])
+    assert np.mean(coverage, axis=0) == pytest.approx([0.9, 0.9], abs=0.02)
+    assert (np.mean(coverage, axis=0) > 0.895).all()

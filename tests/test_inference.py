@@ -1,9 +1,18 @@
 """`classify` and `classify_and_explain`: the same numbers whatever the batch, and words that follow them."""
 
+import asyncio
+import itertools
 import json
+import threading
 
 import pytest
 import torch
+from conftest import build
+
+from clsgen.attribution_clsgen import sentence_spans
+from clsgen.batching_clsgen import token_batches
+from clsgen.early_exit_clsgen import decoder_up_to
+from clsgen.explaining_clsgen import STREAM_THREAD, Prefill, generate_dropping_ended_rows
 
 
 def test_probability_is_the_training_forwards(any_model, texts):
@@ -95,3 +104,201 @@ def test_bad_input_is_named(model):
         model.classify([None])
     with pytest.raises(ValueError, match="'guided' or 'free'"):
         model.classify_and_explain("text", mode="verbose")
+
+
+def test_the_head_is_read_without_the_layers_above_it(any_model, texts):
+    layers = []
+    decoder = any_model.get_decoder()
+    stack = next(child for child in decoder.children() if isinstance(child, torch.nn.ModuleList))
+    for i, layer in enumerate(stack):
+        layer.register_forward_hook(lambda *_, i=i: layers.append(i))
+    expected = [any_model(torch.tensor([any_model.encoder.encode(t).input_ids])).cls_logits[0, -1] for t in texts]
+    layers.clear()
+    predictions = any_model.classify(texts)
+    assert set(layers) == {0, 1, 2}  # the head reads layers 2 and 3 of 4
+    assert [p.logit for p in predictions] == pytest.approx([logit.item() for logit in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("reads", [[(-1, "decision")], [(4, "mean"), (1, "decision")], [(0, "mean")]])
+def test_reads_at_the_ends_need_the_whole_decoder(backbones, texts, reads):
+    model = build(backbones["llama"], reads=reads)
+    expected = model(torch.tensor([model.encoder.encode(texts[0]).input_ids])).cls_logits[0, -1].item()
+    assert model.classify(texts[0]).logit == pytest.approx(expected, abs=1e-4)
+    assert decoder_up_to(model.get_decoder(), 4) is model.get_decoder()
+
+
+def test_token_batches_hold_every_row_once_within_the_budget():
+    lengths = [5, 90, 7, 6, 200, 5]
+    batches = list(token_batches(lengths, max_tokens=20))
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 20 or len(batch) == 1 for batch in batches)
+    assert batches[0] == [4]
+    assert max(map(len, token_batches(lengths, max_tokens=10**6, batch_size=4))) == 4
+
+
+def test_iterators_read_no_more_than_a_window_ahead(model, texts, monkeypatch):
+    monkeypatch.setattr("clsgen.inference_clsgen.WINDOW", 3)
+    read = []
+
+    def source():
+        for i in range(10):
+            read.append(i)
+            yield texts[i % 4]
+
+    predictions = model.classify_iter(source())
+    first = next(predictions)
+    assert read == [0, 1, 2]
+    rest = list(predictions)
+    assert [p.logit for p in [first, *rest]] == pytest.approx([model.classify(texts[i % 4]).logit for i in range(10)])
+    with pytest.raises(ValueError, match="Text 4: The field 'text' is empty"):
+        list(model.classify_iter(["a", "b", "c", "d", ""]))
+    explained = list(model.classify_and_explain_iter(iter(texts), max_new_tokens=3))
+    assert explained == model.classify_and_explain(texts, max_new_tokens=3)
+
+
+def test_rows_that_end_leave_the_batch_and_all_say_the_same(model, texts):
+    prompts = [model.encoder.encode(text) for text in texts * 2]
+    most = 24
+    options = {"max_new_tokens": most, "no_repeat_ngram_size": 2}  # or a random model says one thing for ever
+    ids = [torch.tensor([prompt.input_ids]) for prompt in prompts]
+
+    def generate_apart(stops):
+        model.generation_config.eos_token_id = stops
+        return [model.generate(row, **options)[0, row.shape[1] :].tolist() for row in ids]
+
+    endless = generate_apart(None)
+    said = {token for row in endless for token in row}
+    # It never ends of itself either: let it end at what its rows say first at the most different times.
+    stop = max(said, key=lambda token: len({row.index(token) for row in endless if token in row}))
+    apart = generate_apart([stop])
+    assert len({len(row) for row in apart}) > 1
+    sizes = []
+    model.lm.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with torch.inference_mode():
+        inputs = Prefill(model, prompts).start(None)
+        rows = generate_dropping_ended_rows(model, inputs, options)
+    assert rows == apart
+    assert sizes[0] == 8
+    assert sizes[-1] < 8
+
+
+def test_generate_options_reach_generate(model, texts):
+    sampled = model.classify_and_explain(texts, do_sample=True, temperature=5.0, max_new_tokens=12)
+    assert [p.explanation for p in sampled] != [
+        p.explanation for p in model.classify_and_explain(texts, max_new_tokens=12)
+    ]
+    beams = model.classify_and_explain(texts, num_beams=2, max_new_tokens=5)
+    assert [p.logit for p in beams] == pytest.approx([p.logit for p in sampled], abs=1e-4)
+    alone = [model.classify_and_explain(text, num_beams=2, max_new_tokens=5).explanation for text in texts]
+    assert [p.explanation for p in beams] == alone
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        model.classify_and_explain(texts[0], do_sample=True, num_return_sequences=2)
+    with pytest.raises(ValueError, match="nonsense"):
+        model.classify_and_explain(texts[0], nonsense=3)
+
+
+@pytest.mark.parametrize("mode", ["guided", "free"])
+def test_streams_give_the_number_then_the_words_then_both(any_model, texts, mode):
+    whole = any_model.classify_and_explain(texts[2], mode=mode, max_new_tokens=10)
+    first, *pieces, last = any_model.stream(texts[2], mode=mode, max_new_tokens=10)
+    assert first.explanation is None
+    assert first.probability == last.probability == pytest.approx(whole.probability, abs=1e-4)
+    assert "".join(pieces).strip() == last.explanation == whole.explanation
+    assert last.lm_probability == first.lm_probability == whole.lm_probability
+
+    async def collect():
+        return [event async for event in any_model.astream(texts[2], mode=mode, max_new_tokens=10)]
+
+    assert asyncio.run(collect()) == [first, *pieces, last]
+
+
+def test_a_stream_that_is_closed_stops_generating(model):
+    letter, space = model.tokenizer.convert_tokens_to_ids(["a", "Ġ"])
+
+    def words(input_ids, scores):  # a random model's bytes are hardly ever text that a streamer lets through
+        wanted = letter if input_ids[0, -1] == space else space
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([wanted]), 0.0)
+
+    steps = []
+    model.lm.register_forward_hook(lambda *_: steps.append(1))
+    events = model.stream("One text", max_new_tokens=1500, logits_processor=[words])
+    next(events)
+    assert next(events).strip() == "a"
+    events.close()
+    assert len(steps) < 1000
+    assert not any(thread.name == STREAM_THREAD for thread in threading.enumerate())
+
+
+def test_a_stream_refuses_bad_input_at_once_and_passes_failures_on(model):
+    with pytest.raises(ValueError, match="is empty"):
+        model.stream(" ")
+    with pytest.raises(ValueError, match="nonsense"):
+        list(model.stream("text", nonsense=3))
+
+
+def test_explain_argues_for_any_label_from_one_prefill(any_model, texts):
+    both = any_model.explain(texts[1], label=["not_supported", 1], max_new_tokens=6)
+    assert [p.explained_label for p in both] == ["not_supported", "supported"]
+    assert both[0].label == both[1].label
+    own = any_model.classify_and_explain(texts[1], max_new_tokens=6)
+    assert any_model.explain(texts[1], max_new_tokens=6) == own
+    assert own == both[own.label_id]
+    apart = [any_model.explain(texts[1], label=i, max_new_tokens=6) for i in (0, 1)]
+    assert both == apart
+    with pytest.raises(ValueError, match="`label` is one of"):
+        any_model.explain(texts[1], label="maybe")
+
+
+def test_attributions_are_the_logits_fall_without_each_sentence(model):
+    text = {"findings": "Death fell. It was 3 vs. 5 deaths (p=0.01)! Nobody else died.", "claim": "It works."}
+    prediction = model.classify(text, attributions=True)
+    sentences = [text[a.field][a.start : a.end] for a in prediction.attributions]
+    assert sentences == ["Death fell.", "It was 3 vs. 5 deaths (p=0.01)!", "Nobody else died.", "It works."]
+    without = model.classify({**text, "findings": "Death fell.  Nobody else died."})
+    assert prediction.attributions[1].score == pytest.approx(prediction.logit - without.logit, abs=1e-4)
+    assert prediction.attributions[3].score == pytest.approx(
+        prediction.logit - model.classify({**text, "claim": "..."}).logit, abs=1e-4
+    )
+    assert (
+        model.classify_and_explain(text, attributions=True, max_new_tokens=2).attributions == prediction.attributions
+    )
+
+
+def test_attributions_of_a_long_text_leave_the_cut_out(model):
+    text = {"findings": " ".join(f"Sentence number {i} of many." for i in range(60)), "claim": "It works."}
+    prediction = model.classify(text, attributions=True)
+    assert prediction.truncated
+    inside = [a for a in prediction.attributions if a.field == "findings"]
+    assert 3 < len(inside) < 30
+    assert inside[-1].end == len(text["findings"])
+    assert any(b.start - a.end > 100 for a, b in itertools.pairwise(inside))
+
+
+def test_sentences_end_at_stops_and_lines():
+    text = "A 1.5 mg dose. See e.g. Smith et al. 2020.\n\nRESULTS: none\n"
+    assert [text[a:b] for a, b in sentence_spans(text)] == [
+        "A 1.5 mg dose.",
+        "See e.g. Smith et al. 2020.",
+        "RESULTS: none",
+    ]
+    assert sentence_spans(" ") == []
+
+
+def test_threads_get_the_same_answers(any_model, texts):
+    expected = any_model.classify_and_explain(texts, max_new_tokens=6)
+    answers = {}
+
+    def work(i):
+        answers[i] = any_model.classify_and_explain(texts, max_new_tokens=6) if i % 2 else any_model.classify(texts)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(6):
+        assert [p.logit for p in answers[i]] == pytest.approx([p.logit for p in expected], abs=1e-4)
+        if i % 2:
+            assert [p.explanation for p in answers[i]] == [p.explanation for p in expected]

@@ -15,6 +15,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
 from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification, running_mean
+from clsgen.prediction_clsgen import DecisionRule
 
 IGNORE = -100
 
@@ -130,7 +131,7 @@ def test_pos_weight_and_loss_weights(model):
     expected = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(3.0))
     torch.testing.assert_close(output.cls_loss, expected)
     torch.testing.assert_close(output.loss, 0.5 * lm_loss + 2 * expected)
-    corrected, probability = model.calibrated(torch.tensor([1.0]))
+    corrected, probability = DecisionRule.from_config(model.config).calibrated(torch.tensor([1.0]))
     assert corrected.item() == pytest.approx(1 - torch.tensor(3.0).log().item())
     assert probability.item() == pytest.approx(torch.sigmoid(corrected).item())
 

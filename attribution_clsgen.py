@@ -1,0 +1,60 @@
+"""Where an answer comes from: each sentence is left out in turn, and the head is asked again."""
+
+import re
+from collections.abc import Iterable
+
+from .prompting_clsgen import ELLIPSIS, PromptEncoder
+
+_ABBREVIATIONS = "".join(rf"(?<!\b{word}\.)" for word in ("vs", "Dr", "al", "e\\.g", "i\\.e", "approx", "No", "Fig"))
+_BOUNDARY = re.compile(rf"(?<=[.!?]){_ABBREVIATIONS}\s+(?=[A-Z0-9(\[\"'])|\s*\n\s*")
+Span = tuple[int, int]
+
+
+def sentence_spans(text: str) -> list[Span]:
+    """Start and end of each sentence, without white space around it. Line breaks end one, too."""
+    starts = [0, *(match.end() for match in _BOUNDARY.finditer(text))]
+    ends = [*(match.start() for match in _BOUNDARY.finditer(text)), len(text)]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if text[start:end].strip()]
+
+
+def occlusions(
+    encoder: PromptEncoder, text: str | dict[str, str]
+) -> tuple[list[int], list[tuple[str, int, int]], Iterable[list[int]]]:
+    """The prompt of `text`, and the prompts of what is left of it without each of its sentences.
+
+    Leave-one-out erasure (Li, Monroe and Jurafsky, 2016, "Understanding Neural Networks through Representation
+    Erasure"), by sentences. A text that is too long is shortened first, so that every prompt is one of the same text;
+    what was cut has no sentences.
+
+    Args:
+        encoder (`PromptEncoder`): The model's.
+        text (`str` or `dict`): See [`PromptEncoder.encode`].
+
+    Returns:
+        Ids of the whole prompt; field, start and end of each sentence; and the ids of the prompt without it.
+    """
+    fitted = encoder.fit(text)
+    places = []
+    for name, value in fitted.values.items():
+        cuts = [fitted.cut] if fitted.cut and name == fitted.document else []
+        for start, end in sentence_spans(value):
+            for left, right in _outside(start, end, cuts):
+                places.append((name, left, right))
+
+    def without(name: str, start: int, end: int) -> list[int]:
+        value = fitted.values[name]
+        removed = [(start, end, "")]
+        if fitted.cut and name == fitted.document:
+            removed.append((*fitted.cut, ELLIPSIS))
+        for left, right, replacement in sorted(removed, reverse=True):
+            value = value[:left] + replacement + value[right:]
+        return encoder.encode_values(fitted.template, {**fitted.shortened, name: value.strip() or ELLIPSIS.strip()})
+
+    return fitted.input_ids, places, (without(*place) for place in places)
+
+
+def _outside(start: int, end: int, cuts: list[Span]) -> list[Span]:
+    """The parts of a span that no cut takes away."""
+    for left, right in cuts:
+        return [span for span in ((start, min(end, left)), (max(start, right), end)) if span[0] < span[1]]
+    return [(start, end)]

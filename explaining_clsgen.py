@@ -1,0 +1,220 @@
+"""Explanations: one prefill gives the number, and its KV cache the words."""
+
+import copy
+from collections.abc import Iterator
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from .batching_clsgen import pad_left
+from .prompting_clsgen import VERDICT_PREFIX, EncodedPrompt
+
+# Options of `generate` that mean the same when a batch is generated in several calls, each from where the last ended.
+_RESUMABLE = {
+    "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty",
+    "no_repeat_ngram_size", "bad_words_ids",
+}  # fmt: skip
+
+
+STREAM_THREAD = "clsgen-stream"
+
+
+class _SomeRowsEnded(StoppingCriteria):
+    """Stops the whole batch once a share of its rows has ended, so that they can be dropped from it."""
+
+    def __init__(self, stop_ids: torch.LongTensor, share: float = 0.25):
+        self.stop_ids = stop_ids
+        self.share = share
+        self.ended: torch.BoolTensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs) -> torch.BoolTensor:
+        ended = torch.isin(input_ids[:, -1], self.stop_ids)
+        self.ended = ended if self.ended is None else self.ended | ended
+        return (self.ended.float().mean() >= self.share).expand(len(input_ids))
+
+
+class _Cancelled(StoppingCriteria):
+    """Stops when the reader of a stream has gone."""
+
+    def __init__(self):
+        self.event = Event()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class Prefill:
+    """The computed prompts of a batch: the head's logits, the LM's own reading, and the KV cache to go on from.
+
+    Args:
+        model ([`ClsGenForCausalLMAndClassification`]): In evaluation mode.
+        prompts (`list[EncodedPrompt]`): A batch.
+    """
+
+    def __init__(self, model: Any, prompts: list[EncodedPrompt]):
+        self.model = model
+        self.batch = pad_left([prompt.input_ids for prompt in prompts], model.pad_token_id, model.device)
+        self.cache = DynamicCache(config=model.config.text_config)
+        self.cache.activate_past_recording()  # sliding windows can be cropped then
+        outputs = model(**self.batch, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cls_logits = outputs.cls_logits[:, -1].cpu()  # (batch_size,)
+        self._next_logits = outputs.logits  # (batch_size, 1, vocab_size)
+
+    def lm_probabilities(self) -> torch.FloatTensor:
+        """P(verdict of 1) / (P(verdict of 0) + P(verdict of 1)) by the LM, shape `(batch_size,)`."""
+        scores = []
+        for label in (0, 1):
+            verdict = torch.tensor([self.model.encoder.encode_verdict(label)], device=self.model.device)
+            verdict = verdict.expand(len(self.cls_logits), -1)
+            given, logits = verdict[:, :-1], self._next_logits
+            if given.shape[1]:
+                mask = F.pad(self.batch["attention_mask"], (0, given.shape[1]), value=1)
+                following = self.model(input_ids=given, attention_mask=mask, past_key_values=self.cache)
+                logits = torch.cat([logits, following.logits], dim=1)
+                self.cache.crop(-given.shape[1])
+            log_probabilities = logits.float().log_softmax(dim=-1)
+            scores.append(log_probabilities.gather(2, verdict[..., None]).sum(dim=(1, 2)))
+        return torch.sigmoid(scores[1] - scores[0])
+
+    def start(self, labels: list[int] | None, keep: bool = False) -> dict[str, Any]:
+        """What `generate` starts from.
+
+        Args:
+            labels (`list[int]`, *optional*): Whose verdict lines come first; `None` for no hint.
+            keep (`bool`, *optional*, defaults to `False`): Whether this prefill is used again after.
+        """
+        cache = copy.deepcopy(self.cache) if keep else self.cache
+        batch = dict(self.batch)
+        if labels is None:
+            cache.crop(-1)  # the cache holds the whole prompt, and generate needs a token to start from
+        else:
+            lines = [self.model.encoder.encode_verdict(label) for label in labels]
+            verdicts = pad_left(lines, self.model.pad_token_id, self.model.device)
+            batch = {name: torch.cat([batch[name], verdicts[name]], dim=1) for name in batch}
+        return {**batch, "past_key_values": cache}
+
+    def explain(self, labels: list[int] | None, generate_kwargs: dict[str, Any], keep: bool = False) -> list[str]:
+        """Explanations of the batch; rows that have ended leave it while the others go on."""
+        generate_kwargs = with_length(self.model, generate_kwargs)
+        if generate_kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError("`num_return_sequences` must be 1: a prediction holds one explanation.")
+        inputs = self.start(labels, keep)
+        if generate_kwargs.get("num_beams", 1) > 1:  # `generate` repeats the ids for its beams, but not a cache
+            inputs["past_key_values"].batch_repeat_interleave(generate_kwargs["num_beams"])
+        droppable = len(self.cls_logits) > 3 and set(generate_kwargs) <= _RESUMABLE
+        generate = generate_dropping_ended_rows if droppable else _generate_whole_batch
+        rows = generate(self.model, inputs, generate_kwargs)
+        texts = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [self.model.encoder.prompt.strip_verdict_line(text) for text in texts]
+
+
+def with_length(model: Any, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`generate_kwargs` with a length: the caller's, or the model's own."""
+    if "max_length" in generate_kwargs:
+        return generate_kwargs
+    return {"max_new_tokens": model.generation_config.max_new_tokens or 128, **generate_kwargs}
+
+
+def _generate_whole_batch(model: Any, inputs: dict[str, Any], generate_kwargs: dict[str, Any]) -> list[list[int]]:
+    generated = model.generate(**inputs, return_dict_in_generate=False, **generate_kwargs)
+    return generated[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def generate_dropping_ended_rows(
+    model: Any, inputs: dict[str, Any], generate_kwargs: dict[str, Any]
+) -> list[list[int]]:
+    """`model.generate`, but a row that has ended is dropped from the batch, not padded until the slowest ends.
+
+    Args:
+        model (`PreTrainedModel`): With a generation config that names its eos tokens.
+        inputs (`dict`): `input_ids`, `attention_mask`, `past_key_values` (a `DynamicCache` of all but the last token).
+        generate_kwargs (`dict`): For `generate`, with `max_new_tokens`.
+
+    Returns:
+        `list[list[int]]`: New ids of each row, up to and with its eos token.
+    """
+    ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], inputs["past_key_values"]
+    stops = model.generation_config.eos_token_id
+    stop_ids = torch.tensor(stops if isinstance(stops, list) else [-1 if stops is None else stops], device=ids.device)
+    start, end = ids.shape[1], ids.shape[1] + generate_kwargs["max_new_tokens"]
+    new_ids: list[list[int]] = [[] for _ in ids]
+    going = torch.arange(len(ids), device=ids.device)
+    while len(going):
+        criterion = _SomeRowsEnded(stop_ids)
+        ids = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            stopping_criteria=StoppingCriteriaList([criterion]),
+            return_dict_in_generate=False,
+            **{**generate_kwargs, "max_new_tokens": end - ids.shape[1]},
+        )
+        ended = torch.isin(ids[:, start:], stop_ids)
+        finished = ended.any(dim=1) if ids.shape[1] < end else torch.ones_like(going, dtype=torch.bool)
+        if not finished.any():  # something else ended it, such as stop strings of the stored generation config
+            finished = torch.ones_like(finished)
+        for row in finished.nonzero()[:, 0].tolist():
+            length = int(ended[row].int().argmax()) + 1 if ended[row].any() else ids.shape[1] - start
+            new_ids[going[row]] = ids[row, start : start + length].tolist()
+        keep = (~finished).nonzero()[:, 0]
+        going, ids, mask = going[keep], ids[keep], F.pad(mask[keep], (0, ids.shape[1] - mask.shape[1]), value=1)
+        cache.batch_select_indices(keep)
+    return new_ids
+
+
+def stream_pieces(
+    model: Any, inputs: dict[str, Any], generate_kwargs: dict[str, Any], timeout: float | None = None
+) -> Iterator[str]:
+    """Pieces of one explanation while it is generated in a thread; closing the iterator ends the generation.
+
+    Args:
+        model, inputs: See [`generate_dropping_ended_rows`], with one row.
+        generate_kwargs (`dict`): For `generate`.
+        timeout (`float`, *optional*): Longest wait for a piece, in seconds.
+    """
+    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=timeout, skip_special_tokens=True)
+    cancelled, failures = _Cancelled(), []
+    criteria = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", ()), cancelled])
+
+    @torch.inference_mode()
+    def generate() -> None:
+        try:
+            model.generate(**inputs, streamer=streamer, stopping_criteria=criteria, **generate_kwargs)
+        except Exception as error:  # handed to the reader, who waits for pieces in another thread
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=generate, name=STREAM_THREAD, daemon=True)
+    thread.start()
+    try:
+        yield from _without_verdict_line(streamer)
+    finally:
+        cancelled.event.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _without_verdict_line(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces, without a leading verdict line and white space."""
+    held: str | None = ""
+    for piece in pieces:
+        if held is None:
+            yield piece
+            continue
+        held = (held + piece).lstrip()
+        if held.startswith(VERDICT_PREFIX):
+            _, newline, rest = held.partition("\n")
+            held = rest.lstrip() if newline else held
+            if not newline:
+                continue
+        elif VERDICT_PREFIX.startswith(held):
+            continue
+        if held:
+            yield held
+            held = None
+    if held and not held.startswith(VERDICT_PREFIX):
+        yield held

@@ -1,0 +1,254 @@
+"""Answers a whole file of texts, or one after another as they are typed.
+
+python predict_clsgen.py --model outputs/trial_claims/model --input texts.csv --output answers.csv
+python predict_clsgen.py --model outputs/trial_claims/model      # type a text, get an answer
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+from transformers import AutoModel, HfArgumentParser
+
+from clsgen.table_files import check_ending, read_columns, read_rows, write_rows
+
+logger = logging.getLogger("clsgen.predict_clsgen")
+COLUMNS = {
+    "label": pa.string(), "probability": pa.float64(), "explanation": pa.string(), "lm_probability": pa.float64(),
+    "prediction_set": pa.string(), "abstained": pa.bool_(), "truncated": pa.bool_(), "error": pa.string(),
+}  # fmt: skip
+
+
+@dataclass
+class PredictArguments:
+    """What to answer, with which model."""
+
+    model: str = field(metadata={"help": "A CLSGen checkpoint: a folder or a Hub id. Its code is run."})
+    revision: str | None = field(default=None, metadata={"help": "Commit of the Hub repo; pin what you have read."})
+    input: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet; without one, type texts."})
+    output: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet: the input and the answers."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "The column with whole texts, where there is not one for each field."}
+    )
+    prefix: str = field(default="clsgen_", metadata={"help": "Of the new columns' names."})
+    explain: bool = field(default=True, metadata={"help": "`--explain false` gives numbers alone, and is faster."})
+    mode: str | None = field(default=None, metadata={"help": "`guided` or `free` explanations."})
+    prior: float | None = field(default=None, metadata={"help": "Base rate to re-base probabilities to."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest explanation, in tokens."})
+    batch_size: int | None = field(default=None, metadata={"help": "Most texts of a batch."})
+    on_error: str = field(
+        default="fail", metadata={"help": "A row that can't be answered stops the run, or is written with its error.",
+                                  "choices": ["fail", "skip"]}
+    )  # fmt: skip
+    overwrite: bool = field(default=False, metadata={"help": "Replace an output, and forget an unfinished one."})
+
+
+class Journal:
+    """Answers so far, one a line, that survive a kill; a line that was being written is written again.
+
+    Args:
+        path (`Path`): The file.
+        run (`dict`): What the answers depend on; a journal of another run is refused.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any]):
+        self.path = path
+        self.count = 0
+        if not path.exists():
+            path.write_text(json.dumps(run) + "\n", encoding="utf-8")
+            return
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.count(b"\n")
+        if not lines:  # killed while the first line was written
+            path.write_text(json.dumps(run) + "\n", encoding="utf-8")
+            return
+        if json.loads(whole.partition(b"\n")[0]) != run:
+            raise ValueError(
+                f"{path} holds the answers of another run (other model, input or options). Finish that one, or start "
+                "afresh with --overwrite true."
+            )
+        if len(whole) < len(content):
+            with path.open("rb+") as file:
+                file.truncate(len(whole))
+        self.count = lines - 1
+
+    def append(self, answers: list[dict[str, Any]]) -> None:
+        """Adds answers; when this returns, they are on the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            file.flush()
+            os.fsync(file.fileno())
+        self.count += len(answers)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self.path.open(encoding="utf-8") as file:
+            for line in islice(file, 1, None):
+                yield json.loads(line)
+
+
+def text_of(row: dict[str, Any], fields: list[str], text_column: str | None) -> Any:
+    """What `classify` takes, from a row; an empty cell counts as an empty text."""
+    if text_column is not None:
+        return row.get(text_column) or ""
+    return {name: row.get(name) or "" for name in fields}
+
+
+def answer_rows(model: Any, rows: list[dict[str, Any]], first: int, arguments: PredictArguments) -> list[dict]:
+    """Answers of rows, whose places in the file start at `first` (counted from 1).
+
+    Raises:
+        ValueError: for a row that can't be answered, with `--on_error fail`.
+    """
+    fields = model.encoder.prompt.fields
+    texts, errors = [], {}
+    for i, row in enumerate(rows):
+        text = text_of(row, fields, arguments.text_column)
+        try:
+            model.encoder.encode(text)
+            texts.append(text)
+        except (TypeError, ValueError) as error:
+            if arguments.on_error == "fail":
+                raise ValueError(f"{arguments.input}, row {first + i}: {error}") from error
+            errors[i] = str(error)
+    options = {"batch_size": arguments.batch_size, "prior": arguments.prior}
+    if arguments.explain:
+        length = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
+        predictions = iter(model.classify_and_explain(texts, mode=arguments.mode, **options, **length))
+    else:
+        predictions = iter(model.classify(texts, **options))
+    answers = []
+    for i in range(len(rows)):
+        values = dict.fromkeys(COLUMNS)
+        if i in errors:
+            values["error"] = errors[i]
+        else:
+            found = next(predictions).to_dict()
+            values.update({name: found[name] for name in COLUMNS if name in found})
+            if found["prediction_set"] is not None:
+                values["prediction_set"] = " | ".join(found["prediction_set"])
+        answers.append({f"{arguments.prefix}{name}": value for name, value in values.items()})
+    return answers
+
+
+def check_columns(model: Any, columns: list[str], arguments: PredictArguments) -> None:
+    """Raises `ValueError` where the input lacks what is to be read, or has what is to be written."""
+    wanted = model.encoder.prompt.fields if arguments.text_column is None else [arguments.text_column]
+    missing = [name for name in wanted if name not in columns]
+    if missing:
+        raise ValueError(
+            f"{arguments.input} has no column(s) {missing}; it has {columns}. Name the column that holds whole texts "
+            "with --text_column."
+        )
+    taken = [name for name in COLUMNS if f"{arguments.prefix}{name}" in columns]
+    if taken:
+        raise ValueError(
+            f"{arguments.input} has column(s) {arguments.prefix}{taken} already: choose another --prefix."
+        )
+
+
+def predict_file(model: Any, arguments: PredictArguments) -> Counter:
+    """Answers the input file; goes on where a run that was ended left off. Returns counts of labels and errors."""
+    source, target = Path(arguments.input), Path(arguments.output)
+    check_ending(target)
+    check_columns(model, read_columns(source), arguments)
+    stamp = source.stat()
+    run = {**asdict(arguments), "size": stamp.st_size, "mtime": stamp.st_mtime_ns, "overwrite": False}
+    journal_path = target.with_name(f".{target.name}.journal.jsonl")
+    if arguments.overwrite:
+        journal_path.unlink(missing_ok=True)
+    elif target.exists():
+        raise FileExistsError(
+            f"{target} is there already: name another --output, or replace it with --overwrite true."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(journal_path, run)
+    if journal.count:
+        logger.info("Going on after %d rows that %s holds.", journal.count, journal_path)
+    rows = islice(read_rows(source), journal.count, None)
+    chunk = 64 if arguments.explain else 1024
+    with tqdm(desc="Answering", unit="row", initial=journal.count) as progress:
+        while window := list(islice(rows, chunk)):
+            journal.append(answer_rows(model, window, journal.count + 1, arguments))
+            progress.update(len(window))
+    schema = None
+    if target.suffix == ".parquet" and source.suffix == ".parquet":
+        added = [pa.field(f"{arguments.prefix}{name}", kind) for name, kind in COLUMNS.items()]
+        schema = pa.schema([*pq.read_schema(source), *added])
+    counts = Counter()
+
+    def joined() -> Iterator[dict[str, Any]]:
+        for row, answer in zip(read_rows(source), journal, strict=True):
+            error = answer[f"{arguments.prefix}error"]
+            counts["errors" if error else answer[f"{arguments.prefix}label"]] += 1
+            yield {**row, **answer}
+
+    write_rows(target, joined(), schema)
+    journal_path.unlink()
+    return counts
+
+
+def talk(model: Any, arguments: PredictArguments) -> None:
+    """Asks for one text after another, and streams the answers."""
+    fields = ["text"] if arguments.text_column else model.encoder.prompt.fields
+    print(f"{model.config.prompt['question']} An empty line ends it.")
+    length = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
+    while True:
+        values = {}
+        for name in fields:
+            values[name] = input(f"{name}: ")
+            if not values[name].strip():
+                return
+        text = values["text"] if arguments.text_column else values
+        if not arguments.explain:
+            print(model.classify(text, prior=arguments.prior))
+            continue
+        events = model.stream(text, arguments.mode, prior=arguments.prior, **length)
+        print(next(events))
+        for event in events:
+            if isinstance(event, str):
+                print(event, end="", flush=True)
+        print("\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; see the module's docstring. Returns the exit code."""
+    arguments = HfArgumentParser(PredictArguments).parse_args_into_dataclasses(argv)[0]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        if (arguments.input is None) != (arguments.output is None):
+            raise ValueError("Give both --input and --output, or neither.")
+        if arguments.input and not Path(arguments.input).is_file():
+            raise FileNotFoundError(f"{arguments.input} is not there.")
+        model = AutoModel.from_pretrained(arguments.model, revision=arguments.revision, trust_remote_code=True)
+        if arguments.input is None:
+            with contextlib.suppress(EOFError):
+                talk(model, arguments)
+            return 0
+        counts = predict_file(model, arguments)
+    except KeyboardInterrupt:
+        logger.error("Interrupted. The same command goes on from here.")
+        return 130
+    except (OSError, ValueError) as error:
+        logger.error("%s", error)
+        return 1
+    errors = counts.pop("errors", 0)
+    told = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
+    logger.info("%s: %s%s", arguments.output, told or "no rows", f"; {errors} rows with an error" if errors else "")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

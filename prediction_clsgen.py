@@ -1,0 +1,185 @@
+"""From the head's logit to an answer: calibration, base rate, threshold, abstention, and what they are told as."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What one sentence does to the answer.
+
+    Args:
+        field (`str`): The field of the text that holds the sentence; `"text"` where the text is one string.
+        start, end (`int`): Characters of that field, `field_value[start:end]`.
+        score (`float`): The head's logit with the sentence, less that without it: above 0, it speaks for label 1.
+    """
+
+    field: str
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to the task's question about one text.
+
+    Args:
+        label (`str`): Name of the label given.
+        label_id (`int`): 1 where `probability >= threshold`, else 0.
+        probability (`float`): Calibrated, of label 1.
+        logit (`float`): Of the head, before calibration, corrected for the `pos_weight` of training.
+        threshold (`float`): The decision threshold on `probability`.
+        explanation (`str`, *optional*): In words; `None` from `classify`.
+        explained_label (`str`, *optional*): The label that the explanation was told to argue for; `None` in `free`
+            mode.
+        lm_probability (`float`, *optional*): The LM's own probability of the verdict of label 1 against that of label
+            0, without a hint. `None` from `classify` and in `free` mode.
+        truncated (`bool`): Whether the text was too long, and read without the middle of its document.
+        prior (`float`, *optional*): The base rate that `probability` was re-based to, if asked for.
+        prediction_set (`tuple[str, ...]`, *optional*): Labels that can't be ruled out at the model's conformal error
+            rate; `None` for a model without one.
+        attributions (`tuple[Attribution, ...]`, *optional*): What each sentence does to the answer, if asked for.
+    """
+
+    label: str
+    label_id: int
+    probability: float
+    logit: float
+    threshold: float
+    explanation: str | None = None
+    explained_label: str | None = None
+    lm_probability: float | None = None
+    truncated: bool = False
+    prior: float | None = None
+    prediction_set: tuple[str, ...] | None = None
+    attributions: tuple[Attribution, ...] | None = None
+
+    @property
+    def disagreement(self) -> float | None:
+        """Distance of the LM's own reading from the head's, in [0, 1]: far apart, look closer."""
+        return None if self.lm_probability is None else abs(self.probability - self.lm_probability)
+
+    @property
+    def abstained(self) -> bool | None:
+        """Whether the text is one to hand to a person: not exactly one label is left in `prediction_set`."""
+        return None if self.prediction_set is None else len(self.prediction_set) != 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The prediction as JSON-serialisable values."""
+        values = asdict(self)
+        for name in ("prediction_set", "attributions"):
+            values[name] = None if values[name] is None else list(values[name])
+        return {**values, "disagreement": self.disagreement, "abstained": self.abstained}
+
+    def __str__(self) -> str:
+        notes = [f"probability {self.probability:.3f}", f"threshold {self.threshold:.3f}"]
+        if self.prior is not None:
+            notes.append(f"at a base rate of {self.prior:g}")
+        head = f"{self.label} ({', '.join(notes)})"
+        if self.abstained:
+            head += ", uncertain: " + (" or ".join(self.prediction_set) or "unlike either label's validation rows")
+        if self.truncated:
+            head += ", text truncated"
+        return head if self.explanation is None else f"{head}: {self.explanation}"
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """Turns raw head logits into predictions.
+
+    Args:
+        labels (`tuple[str, str]`): Names of label 0 and label 1.
+        pos_weight, temperature, bias, threshold (`float`): See [`ClsGenConfig`].
+        base_rate (`float`, *optional*): Share of label 1 among the rows that calibration was fitted on.
+        conformal_quantiles (`tuple[float, float]`, *optional*): Largest nonconformity score `1 - p(label)` at which
+            each label stays in the prediction set.
+    """
+
+    labels: tuple[str, str]
+    pos_weight: float
+    temperature: float
+    bias: float
+    threshold: float
+    base_rate: float | None = None
+    conformal_quantiles: tuple[float, float] | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> "DecisionRule":
+        """The rule of a [`ClsGenConfig`]."""
+        return cls(
+            labels=tuple(config.label_names),
+            pos_weight=config.pos_weight,
+            temperature=config.calibration["temperature"],
+            bias=config.calibration["bias"],
+            threshold=config.threshold,
+            base_rate=config.base_rate,
+            conformal_quantiles=tuple(config.conformal["quantiles"]) if config.conformal else None,
+        )
+
+    def calibrated(self, logits: torch.FloatTensor) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+        """Raw head logits of any shape to (logits corrected for `pos_weight`, calibrated probabilities), float64."""
+        logits = logits.double() - math.log(self.pos_weight)
+        return logits, torch.sigmoid(logits / self.temperature + self.bias)
+
+    def prior_shift(self, prior: float | None) -> float:
+        """What re-basing to `prior` adds to the calibrated log-odds.
+
+        Saerens, Latinne and Decaestecker, 2002, "Adjusting the Outputs of a Classifier to New a Priori Probabilities":
+        odds are multiplied by the ratio of the new prior odds to those of the calibration rows.
+
+        Raises:
+            TypeError, ValueError: for a prior that is no number in (0, 1), or a model that holds no base rate.
+        """
+        if prior is None:
+            return 0.0
+        if isinstance(prior, bool) or not isinstance(prior, int | float):
+            raise TypeError(f"`prior` is a number between 0 and 1, got {type(prior).__name__}.")
+        if not 0 < prior < 1:
+            raise ValueError(f"`prior` must lie between 0 and 1, both excluded, got {prior}.")
+        if self.base_rate is None:
+            raise ValueError(
+                "This model doesn't know the base rate that it was calibrated at, so it can't be moved to another. "
+                "Set `model.config.base_rate` to the share of label 1 among its validation rows."
+            )
+        return math.log(prior / (1 - prior)) - math.log(self.base_rate / (1 - self.base_rate))
+
+    def predict(
+        self, logits: torch.FloatTensor, truncated: list[bool], prior: float | None = None
+    ) -> list[Prediction]:
+        """Predictions without explanations, from raw head logits of shape `(n,)`."""
+        shift = self.prior_shift(prior)
+        corrected, probabilities = self.calibrated(logits)
+        shifted = torch.sigmoid(torch.logit(probabilities) + shift) if shift else probabilities
+        predictions = []
+        for logit, at_base_rate, probability, was_cut in zip(
+            corrected.tolist(), probabilities.tolist(), shifted.tolist(), truncated, strict=True
+        ):
+            label_id = int(probability >= self.threshold)
+            predictions.append(
+                Prediction(
+                    label=self.labels[label_id],
+                    label_id=label_id,
+                    probability=probability,
+                    logit=logit,
+                    threshold=self.threshold,
+                    truncated=was_cut,
+                    prior=prior,
+                    prediction_set=self._prediction_set(at_base_rate),
+                )
+            )
+        return predictions
+
+    def _prediction_set(self, probability: float) -> tuple[str, ...] | None:
+        """Labels whose nonconformity is within their own quantile; no base rate matters, so before any re-basing."""
+        if self.conformal_quantiles is None:
+            return None
+        nonconformity = (probability, 1 - probability)
+        return tuple(
+            label
+            for label, score, quantile in zip(self.labels, nonconformity, self.conformal_quantiles, strict=True)
+            if score <= quantile
+        )

@@ -1,0 +1,123 @@
+"""Tables as streams of rows: CSV, JSON lines and Parquet, read and written in constant memory."""
+
+import csv
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ENDINGS = (".csv", ".jsonl", ".parquet")
+_ROW_GROUP = 1024
+
+
+def check_ending(path: Path) -> str:
+    """The path's ending, one of `ENDINGS`; raises `ValueError` for another."""
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"{path}: the file's ending must be one of {', '.join(ENDINGS)}.")
+    return path.suffix
+
+
+def read_columns(path: Path) -> list[str]:
+    """Names of the columns: of the header, the schema, or the first JSON line."""
+    if check_ending(path) == ".parquet":
+        return pq.read_schema(path).names
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return next(csv.reader(file), [])
+    return list(next(read_rows(path), {}))
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table, one by one; CSV cells stay strings.
+
+    Raises:
+        ValueError: for a line that is not what the file's ending says, naming file and line.
+    """
+    ending = check_ending(path)
+    if ending == ".parquet":
+        for batch in pq.ParquetFile(path).iter_batches(_ROW_GROUP):
+            yield from batch.to_pylist()
+        return
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _csv_rows(path, file) if ending == ".csv" else _json_rows(path, file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+
+
+def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a long note
+    reader = csv.reader(file, strict=True)
+    try:
+        columns = next(reader, [])
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{path}: a column name stands twice in {columns}.")
+        for cells in filter(None, reader):
+            if len(cells) != len(columns):
+                raise ValueError(f"{path}, line {reader.line_num}: {len(cells)} cells for {len(columns)} columns.")
+            yield dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}.") from error
+
+
+def _json_rows(path: Path, file: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is {type(row).__name__}, not an object with columns.")
+        yield row
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema | None = None) -> None:
+    """Writes a table, first under a temporary name beside it, then by renaming.
+
+    Args:
+        path (`Path`): The file; its ending says the format.
+        rows (`Iterable[dict]`): All with the same keys.
+        schema (`pyarrow.Schema`, *optional*): For Parquet; inferred from the first rows without.
+    """
+    ending = check_ending(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        if ending == ".parquet":
+            _write_parquet(temporary, iter(rows), schema)
+        else:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                _write_csv(file, rows) if ending == ".csv" else _write_json(file, rows)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_csv(file: Any, rows: Iterable[dict[str, Any]]) -> None:
+    writer = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _write_json(file: Any, rows: Iterable[dict[str, Any]]) -> None:
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema | None) -> None:
+    first = list(islice(rows, _ROW_GROUP))
+    schema = schema or pa.Table.from_pylist(first).schema
+    with pq.ParquetWriter(path, schema) as writer:
+        while first:
+            writer.write_table(pa.Table.from_pylist(first, schema=schema))
+            first = list(islice(rows, _ROW_GROUP))

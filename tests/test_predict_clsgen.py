@@ -1,0 +1,161 @@
+"""A file in, the same file with answers out: in every format, after every kill, with every bad row named."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clsgen.checkpoint_folder import write_checkpoint
+from clsgen.predict_clsgen import main
+from clsgen.table_files import read_rows
+
+REPORT = {"base_model": "tiny", "task": "tiny", "command": "c", "seed": 0, "train_rows": 1, "threshold_method": "f1"}
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.generation_config.max_new_tokens = 4
+    return str(write_checkpoint(model, tmp_path / "model", REPORT))
+
+
+@pytest.fixture
+def rows(texts):
+    return [{"id": f"00{i}", **texts[i % 4], "label": str(i % 2)} for i in range(10)]
+
+
+def save(path, rows):
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_every_row_comes_back_with_its_answer(folder, model, rows, tmp_path, ending):
+    source, target = save(tmp_path / f"in{ending}", rows), tmp_path / f"out{ending}"
+    assert main(["--model", folder, "--input", source, "--output", str(target)]) == 0
+    answered = list(read_rows(target))
+    expected = model.classify_and_explain([{k: row[k] for k in ("findings", "claim")} for row in rows])
+    for row, given, prediction in zip(answered, rows, expected, strict=True):
+        assert {name: row[name] for name in given} == given
+        assert row["clsgen_label"] == prediction.label
+        assert float(row["clsgen_probability"]) == pytest.approx(prediction.probability, abs=1e-4)
+        assert row["clsgen_explanation"] == prediction.explanation
+        assert row["clsgen_error"] in (None, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"in{ending}", "model", f"out{ending}"])
+
+
+def test_a_bad_row_stops_the_run_or_is_written_with_its_error(folder, rows, tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows[3]["claim"] = ""
+    source, target = save(tmp_path / "in.csv", rows), tmp_path / "out.csv"
+    command = ["--model", folder, "--input", source, "--output", str(target), "--explain", "false"]
+    assert main(command) == 1
+    assert "row 4: The field 'claim' is empty" in caplog.text
+    assert not target.exists()
+    (tmp_path / ".out.csv.journal.jsonl").unlink()
+    assert main([*command, "--on_error", "skip"]) == 0
+    answered = list(read_rows(target))
+    assert len(answered) == 10
+    assert [i for i, row in enumerate(answered) if row["clsgen_error"]] == [3]
+    assert answered[3]["clsgen_label"] == ""
+    assert "1 rows with an error" in caplog.text
+
+
+def test_what_cannot_work_is_refused_before_any_row(folder, rows, tmp_path, caplog):
+    source, target = save(tmp_path / "in.csv", rows), tmp_path / "out.csv"
+    command = ["--model", folder, "--input", source, "--output", str(target), "--explain", "false"]
+    target.write_text("precious")
+    assert main(command) == 1
+    assert target.read_text() == "precious"
+    assert main([*command, "--overwrite", "true"]) == 0
+    assert main([*command[:4], "--output", str(tmp_path / "o.csv"), "--text_column", "note"]) == 1
+    assert "no column(s) ['note']" in caplog.text
+    assert main(["--model", folder, "--input", str(target), "--output", str(tmp_path / "o.csv")]) == 1
+    assert "choose another --prefix" in caplog.text
+    assert main([*command[:4], "--output", str(tmp_path / "o.xls")]) == 1
+    assert "ending must be one of" in caplog.text
+    assert main(["--model", folder, "--input", "nowhere.csv", "--output", "o.csv"]) == 1
+    assert main(["--model", folder, "--input", source]) == 1
+    (tmp_path / "bad.jsonl").write_text('{"findings": "a", "claim": "b"}\n{"findings": \n')
+    assert main(["--model", folder, "--input", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "o.csv")]) == 1
+    assert "line 2 is not JSON" in caplog.text
+
+
+def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder, texts, tmp_path):
+    rows = [{"id": str(i), **texts[i % 4]} for i in range(640)]
+    source, target = save(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    command = [
+        sys.executable,
+        str(ROOT / "predict_clsgen.py"),
+        "--model",
+        folder,
+        "--input",
+        source,
+        "--output",
+        str(target),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    journal = tmp_path / ".out.jsonl.journal.jsonl"
+    written = 0
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            lines = journal.read_bytes().count(b"\n") - 1 if journal.exists() else 0
+            if lines > written:
+                break
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, messages = process.communicate(timeout=60)
+        assert not target.exists()
+        written = journal.read_bytes().count(b"\n") - 1
+        assert 0 < written < len(rows)
+    assert process.returncode == 130
+    assert "The same command goes on" in messages
+    with journal.open("a") as file:
+        file.write('{"clsgen_label": "torn')
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"Going on after {written} rows" in done.stderr
+    answered = list(read_rows(target))
+    assert [row["id"] for row in answered] == [row["id"] for row in rows]
+    assert all(row["clsgen_probability"] is not None for row in answered)
+    assert not journal.exists()
+
+
+def test_a_journal_of_another_run_is_refused(folder, rows, tmp_path, caplog):
+    source, target = save(tmp_path / "in.csv", rows), tmp_path / "out.csv"
+    rows[9]["claim"] = " "
+    source = save(tmp_path / "in.csv", rows)
+    command = ["--model", folder, "--input", source, "--output", str(target), "--explain", "false"]
+    journal = tmp_path / ".out.csv.journal.jsonl"
+    assert main(command) == 1
+    assert journal.exists()
+    assert main([*command, "--prior", "0.2"]) == 1
+    assert "another run" in caplog.text
+
+
+def test_talking(folder, model, capsys, monkeypatch):
+    lines = iter(["Death fell.", "It works.", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert main(["--model", folder]) == 0
+    shown = capsys.readouterr().out
+    prediction = model.classify_and_explain({"findings": "Death fell.", "claim": "It works."})
+    assert f"probability {prediction.probability:.3f}" in shown
+    assert prediction.explanation in shown
