@@ -1,0 +1,268 @@
+"""Inference against what a user would take instead, side by side in one process: writes `results/inference.json`.
+
+python -m benchmarks.inference --data_dir CliniFact --clinifact_model outputs/clinifact/model
+python -m benchmarks.inference --only memory      # one comparison; the others' results stay
+
+Ratios of speed (`classify_vs_*`, `batch_explain_vs_generate`, `int8_vs_float32_latency`) are ours over the peer's,
+higher is better; ratios of time and memory (`explain_vs_*`, `classify_peak_memory_*`) are ours over the peer's, lower
+is better.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from benchmarks.measuring import describe_run, medians, peak_memory_mib, take_turns
+from clsgen.atomic_io import write_json
+from clsgen.backbones import resolve_backbone
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
+from clsgen.tasks import load_task
+
+RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
+BATCH_SIZES = (1, 4, 8, 16, 32)
+NEW_TOKENS = 64
+logger = logging.getLogger("benchmarks.inference")
+
+
+def texts_of(task_name: str, data_dir: str | None, splits: tuple[str, ...], count: int) -> list[dict[str, str]]:
+    """The first `count` texts of the named splits."""
+    task = load_task(task_name, data_dir)
+    rows = [row for split in splits for row in task.splits[split]]
+    return [{name: row[name] for name in task.fields} for row in rows[:count]]
+
+
+def load(folder: str) -> ClsGenForCausalLMAndClassification:
+    """A checkpoint in float32."""
+    return ClsGenForCausalLMAndClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def stock_classifier(model: ClsGenForCausalLMAndClassification, backbone: str) -> Any:
+    """transformers' own pipeline over the same backbone with a classification head."""
+    folder = resolve_backbone(backbone)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    return pipeline("text-classification", model=classifier, tokenizer=tokenizer, device=-1)
+
+
+def prompts_of(model: ClsGenForCausalLMAndClassification, texts: list[dict[str, str]]) -> list[str]:
+    """The prompts as text, for a peer that reads nothing else."""
+    return [model.tokenizer.decode(model.encoder.encode(text).input_ids) for text in texts]
+
+
+def compare_classify(model: Any, texts: list[dict[str, str]], backbone: str, repeats: int) -> dict[str, Any]:
+    """Texts per second of `classify` over those of the stock pipeline at its best batch size."""
+    peer, prompts = stock_classifier(model, backbone), prompts_of(model, texts)
+    with torch.inference_mode():
+        few = prompts[: max(BATCH_SIZES) * 2]
+        tried = medians(
+            take_turns({str(size): lambda size=size: peer(few, batch_size=size) for size in BATCH_SIZES}, 1)
+        )
+        best = int(min(tried, key=tried.get))
+        seconds = take_turns(
+            {"clsgen": lambda: model.classify(texts), "pipeline": lambda: peer(prompts, batch_size=best)}, repeats
+        )
+    middle = medians(seconds)
+    return {
+        "ratio": middle["pipeline"] / middle["clsgen"],
+        "texts": len(texts),
+        "median_texts_per_second": {name: len(texts) / value for name, value in middle.items()},
+        "pipeline_batch_size": best,
+        "cls_reads": model.config.cls_reads,
+        "seconds": seconds,
+    }
+
+
+def exactly(tokens: int) -> dict[str, int]:
+    """Options that make every side write the same number of tokens."""
+    return {"min_new_tokens": tokens, "max_new_tokens": tokens}
+
+
+def compare_explain(model: Any, text: dict[str, str], repeats: int) -> dict[str, Any]:
+    """Time of `classify_and_explain` of one text over plain `generate` of as many new tokens from the same prompt.
+
+    The verdict line counts as new tokens, for plain `generate` writes one too; `free` has none on either side.
+    """
+    ids = torch.tensor([model.encoder.encode(text).input_ids])
+    mask = torch.ones_like(ids)
+    verdict = len(model.encoder.encode_verdict(model.classify(text).label_id))
+    seconds = take_turns(
+        {
+            "guided": lambda: model.classify_and_explain(text, mode="guided", **exactly(NEW_TOKENS - verdict)),
+            "free": lambda: model.classify_and_explain(text, mode="free", **exactly(NEW_TOKENS)),
+            "generate": lambda: model.generate(ids, attention_mask=mask, **exactly(NEW_TOKENS)),
+        },
+        repeats,
+    )
+    middle = medians(seconds)
+    return {
+        "ratio": middle["guided"] / middle["generate"],
+        "ratio_free": middle["free"] / middle["generate"],
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": NEW_TOKENS,
+        "median_seconds": middle,
+        "seconds": seconds,
+    }
+
+
+def compare_two_passes(model: Any, text: dict[str, str], backbone: str, repeats: int) -> dict[str, Any]:
+    """Time of `classify_and_explain` of one text over the stock classifier and then `generate`."""
+    peer, prompts = stock_classifier(model, backbone), prompts_of(model, [text])
+    ids = torch.tensor([model.encoder.encode(text).input_ids])
+    mask = torch.ones_like(ids)
+    verdict = len(model.encoder.encode_verdict(model.classify(text).label_id))
+
+    def two_passes() -> None:
+        with torch.inference_mode():
+            peer(prompts)
+        model.generate(ids, attention_mask=mask, **exactly(NEW_TOKENS))
+
+    def one_pass() -> None:
+        model.classify_and_explain(text, mode="guided", **exactly(NEW_TOKENS - verdict))
+
+    seconds = take_turns({"clsgen": one_pass, "two_passes": two_passes}, repeats)
+    middle = medians(seconds)
+    return {
+        "ratio": middle["clsgen"] / middle["two_passes"],
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": NEW_TOKENS,
+        "median_seconds": middle,
+        "seconds": seconds,
+    }
+
+
+def compare_batch(model: Any, texts: list[dict[str, str]], repeats: int) -> dict[str, Any]:
+    """Explanations per second of a batch over those of `generate` on the same padded batch; rows end where they do."""
+    batch = model.tokenizer.pad(
+        {"input_ids": [model.encoder.encode(text).input_ids for text in texts]},
+        padding_side="left", return_tensors="pt",
+    )  # fmt: skip
+    most = model.generation_config.max_new_tokens
+    lengths: dict[str, float] = {}
+
+    def generate() -> None:
+        new = model.generate(**batch, max_new_tokens=most)[:, batch["input_ids"].shape[1] :]
+        lengths["generate"] = (new != model.pad_token_id).sum(dim=1).float().mean().item()
+
+    def explain() -> None:
+        found = model.classify_and_explain(texts, batch_size=len(texts))
+        words = [model.tokenizer(prediction.explanation)["input_ids"] for prediction in found]
+        lengths["clsgen"] = sum(map(len, words)) / len(words)
+
+    seconds = take_turns({"clsgen": explain, "generate": generate}, repeats)
+    middle = medians(seconds)
+    return {
+        "ratio": middle["generate"] / middle["clsgen"],
+        "texts": len(texts),
+        "most_new_tokens": most,
+        "mean_new_tokens": lengths,
+        "median_explanations_per_second": {name: len(texts) / value for name, value in middle.items()},
+        "seconds": seconds,
+    }
+
+
+def compare_memory(model_folder: str) -> dict[str, Any]:
+    """Peak memory of `classify` on 10,000 short texts over that on 500, each in a process of its own."""
+    peaks = {}
+    for count in (500, 10_000):
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.inference",
+            "--model",
+            model_folder,
+            "--peak_memory_of",
+            str(count),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[str(count)] = float(done.stdout.strip().splitlines()[-1])
+    return {"ratio": peaks["10000"] / peaks["500"], "peak_mib": peaks}
+
+
+def print_peak_memory(model_folder: str, count: int) -> None:
+    """Classifies `count` short texts and prints the peak memory in MiB."""
+    model = load(model_folder)
+    model.classify([f"Claim {i}: drug {i % 97} lowers mortality." for i in range(count)])
+    print(peak_memory_mib())
+
+
+def compare_int8(model: Any, texts: list[dict[str, str]], validation: list[dict[str, str]], repeats: int) -> dict:
+    """Speed of `classify` of one text with int8 weights over float32, and how far the probabilities move."""
+    int8 = copy.deepcopy(model)
+    # The head and the embeddings stay float32; activations are quantised as they come.
+    int8.lm = torch.ao.quantization.quantize_dynamic(int8.lm, {torch.nn.Linear}, dtype=torch.qint8)
+    int8.tokenizer = model.tokenizer
+    seconds = take_turns(
+        {"int8": lambda: int8.classify(texts[0]), "float32": lambda: model.classify(texts[0])}, repeats
+    )
+    middle = medians(seconds)
+    moved = [
+        abs(a.probability - b.probability)
+        for a, b in zip(int8.classify(validation), model.classify(validation), strict=True)
+    ]
+    return {
+        "ratio": middle["float32"] / middle["int8"],
+        "median_seconds": middle,
+        "largest_probability_difference": max(moved),
+        "mean_probability_difference": sum(moved) / len(moved),
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """Runs the comparisons; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="outputs/trial_claims/model", help="A checkpoint of trial_claims.")
+    parser.add_argument("--clinifact_model", default="outputs/clinifact/model", help="A checkpoint of clinifact.")
+    parser.add_argument("--data_dir", help="A CliniFact checkout.")
+    parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="classify, clinifact, explain, batch, memory, int8.")
+    parser.add_argument("--peak_memory_of", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    if arguments.peak_memory_of:
+        print_peak_memory(arguments.model, arguments.peak_memory_of)
+        return
+    wanted = set(arguments.only or ("classify", "clinifact", "explain", "batch", "memory", "int8"))
+    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found: dict[str, dict[str, Any]] = {}
+    repeats, backbone = arguments.repeats, arguments.backbone
+    model = load(arguments.model)
+    texts = texts_of("trial_claims", None, ("train",), 256)
+    if "classify" in wanted:
+        found["classify_vs_pipeline_trial_claims"] = compare_classify(model, texts, backbone, repeats)
+    if "explain" in wanted:
+        found["explain_vs_generate"] = compare_explain(model, texts[0], repeats)
+    if "batch" in wanted:
+        found["batch_explain_vs_generate"] = compare_batch(model, texts[:64], repeats)
+    if "int8" in wanted:
+        validation = texts_of("trial_claims", None, ("validation",), 60)
+        found["int8_vs_float32_latency"] = compare_int8(model, texts, validation, repeats)
+    if "memory" in wanted:
+        found["classify_peak_memory_10000_vs_500"] = compare_memory(arguments.model)
+    if "clinifact" in wanted:
+        model = load(arguments.clinifact_model)
+        texts = texts_of("clinifact", arguments.data_dir, ("train",), 128)
+        found["explain_vs_two_pass"] = compare_two_passes(model, texts[0], backbone, repeats)
+        found["classify_vs_pipeline_clinifact"] = compare_classify(model, texts, backbone, repeats)
+    report.update(describe_run())
+    report.setdefault("ratios", {}).update(
+        {name: {**each, "ratio": round(each["ratio"], 3)} for name, each in found.items()}
+    )
+    write_json(RESULTS, report)
+    for name, each in report["ratios"].items():
+        print(f"{name}: {each['ratio']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

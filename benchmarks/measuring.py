@@ -1,0 +1,62 @@
+"""Timings that can be compared: the sides of a comparison take turns in one process, and medians are reported."""
+
+import platform
+import resource
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers")
+
+
+def take_turns(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call of each side, after one call of each to warm up.
+
+    Args:
+        sides (`dict[str, Callable]`): What to time.
+        repeats (`int`): Calls of each.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(repeats + 1):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            if i:
+                seconds[name].append(round(time.perf_counter() - start, 4))
+    return seconds
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The median of each side, in seconds."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores and threads."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    except OSError:
+        model = platform.machine()
+    return {"processor": model, "threads": torch.get_num_threads(), "system": platform.system()}
+
+
+def describe_run() -> dict[str, Any]:
+    """Machine, versions and command, for a result file."""
+    return {
+        "machine": describe_machine(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "command": shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+    }
+
+
+def peak_memory_mib() -> float:
+    """Peak resident memory of this process, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
