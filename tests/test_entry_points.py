@@ -2,9 +2,13 @@
 
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from conftest import PROMPT
@@ -143,3 +147,31 @@ def test_decide_reads_the_given_ids(model):
     scores = model.decide(ids, torch.tensor([ids.shape[1]]), question)[0]
     options = dict(zip(question[0].options, scores.softmax(-1).tolist(), strict=True))
     assert options["true"] == pytest.approx(model.classify("One text").probability, abs=1e-4)
+
+
+def test_transformers_serve_answers_systemone_requests(folder, model, texts):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", folder, "--trust-remote-code"]
+    server = subprocess.Popen([*command, "--port", str(port), "--device", "cpu", "--host", "127.0.0.1"])
+    try:
+        for _ in range(300):
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        body = {"model": folder, "state": texts[0], "questions": {"answer": {"type": "noul"}}}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/systemone", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        expected = model.classify_and_explain(texts[0])
+        assert answer.json()["answers"]["answer"]["noul"] == pytest.approx(expected.probability, abs=1e-4)
+        assert answer.json()["answers"]["answer"]["explanation"] == expected.explanation
+        body["questions"]["answer"]["instructions"] = "Is it raining?"
+        refused = httpx.post(f"http://127.0.0.1:{port}/v1/systemone", json=body, timeout=60)
+        assert refused.status_code == 400
+        assert "this model answers one question" in refused.text
+    finally:
+        server.terminate()
+        server.wait()

@@ -94,7 +94,7 @@ def test_str_in_one_out_list_in_list_out(model):
     assert model.classify([]) == []
     assert model.classify_and_explain([]) == []
     assert len(model.classify(["One text"])) == 1
-    assert model.classify({"findings": "word " * 2000, "claim": "B."}).truncated
+    assert model.classify({"findings": "word " * 100_000, "claim": "B."}).truncated
 
 
 def test_bad_input_is_named(model):
