@@ -55,6 +55,9 @@ class ClsGenConfig(PreTrainedConfig):
             Longest prompt in tokens; a longer text is cut in the middle of its document.
         explanation_mode (`"guided"` or `"free"`, *optional*, defaults to `"guided"`):
             Whether explanations start from a verdict line that the head's decision sets.
+        explanation_no_repeat_ngram_size (`int`, *optional*, defaults to 0):
+            Longest run of tokens that an explanation may say twice, plus one; 0 for no limit. Unlike `generate`'s
+            `no_repeat_ngram_size` it leaves the prompt alone, whose numbers an explanation has to repeat.
     """
 
     model_type = "clsgen"
@@ -76,6 +79,7 @@ class ClsGenConfig(PreTrainedConfig):
         prompt: dict[str, Any] | None = None,
         max_prompt_length: int = 864,
         explanation_mode: str = "guided",
+        explanation_no_repeat_ngram_size: int = 0,
         **kwargs,
     ):
         if text_config is None:
@@ -95,6 +99,7 @@ class ClsGenConfig(PreTrainedConfig):
         self.prompt = prompt
         self.max_prompt_length = max_prompt_length
         self.explanation_mode = explanation_mode
+        self.explanation_no_repeat_ngram_size = explanation_no_repeat_ngram_size
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs.setdefault("custom_pipelines", copy.deepcopy(CUSTOM_PIPELINES))
         kwargs.setdefault("num_labels", 2)

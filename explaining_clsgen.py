@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from .batching_clsgen import pad_left
 from .prompting_clsgen import VERDICT_PREFIX, EncodedPrompt
@@ -34,6 +42,17 @@ class _SomeRowsEnded(StoppingCriteria):
         ended = torch.isin(input_ids[:, -1], self.stop_ids)
         self.ended = ended if self.ended is None else self.ended | ended
         return (self.ended.float().mean() >= self.share).expand(len(input_ids))
+
+
+class _NoRepeatBehindPrompt(LogitsProcessor):
+    """transformers' `NoRepeatNGramLogitsProcessor` for what stands behind the first `start` tokens."""
+
+    def __init__(self, ngram_size: int, start: int):
+        self.start = start
+        self.no_repeat = NoRepeatNGramLogitsProcessor(ngram_size)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return self.no_repeat(input_ids[:, self.start :], scores)
 
 
 class _Cancelled(StoppingCriteria):
@@ -79,13 +98,17 @@ class Prefill:
             scores.append(log_probabilities.gather(2, verdict[..., None]).sum(dim=(1, 2)))
         return torch.sigmoid(scores[1] - scores[0])
 
-    def start(self, labels: list[int] | None, keep: bool = False) -> dict[str, Any]:
-        """What `generate` starts from.
+    def start(
+        self, labels: list[int] | None, generate_kwargs: dict[str, Any] | None = None, keep: bool = False
+    ) -> dict[str, Any]:
+        """The arguments of `generate` that go on from here.
 
         Args:
             labels (`list[int]`, *optional*): Whose verdict lines come first; `None` for no hint.
+            generate_kwargs (`dict`, *optional*): The caller's options.
             keep (`bool`, *optional*, defaults to `False`): Whether this prefill is used again after.
         """
+        config, options = self.model.config, dict(generate_kwargs or {})
         cache = copy.deepcopy(self.cache) if keep else self.cache
         batch = dict(self.batch)
         if labels is None:
@@ -94,44 +117,37 @@ class Prefill:
             lines = [self.model.encoder.encode_verdict(label) for label in labels]
             verdicts = pad_left(lines, self.model.pad_token_id, self.model.device)
             batch = {name: torch.cat([batch[name], verdicts[name]], dim=1) for name in batch}
-        return {**batch, "past_key_values": cache}
+        if "max_length" not in options:
+            options.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens or 128)
+        if config.explanation_no_repeat_ngram_size:
+            ours = _NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, batch["input_ids"].shape[1])
+            options["logits_processor"] = LogitsProcessorList([ours, *options.get("logits_processor", ())])
+        return {**batch, **options, "past_key_values": cache, "return_dict_in_generate": False}
 
     def explain(self, labels: list[int] | None, generate_kwargs: dict[str, Any], keep: bool = False) -> list[str]:
         """Explanations of the batch; rows that have ended leave it while the others go on."""
-        generate_kwargs = with_length(self.model, generate_kwargs)
         if generate_kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("`num_return_sequences` must be 1: a prediction holds one explanation.")
-        inputs = self.start(labels, keep)
+        inputs = self.start(labels, generate_kwargs, keep)
         if generate_kwargs.get("num_beams", 1) > 1:  # `generate` repeats the ids for its beams, but not a cache
             inputs["past_key_values"].batch_repeat_interleave(generate_kwargs["num_beams"])
         droppable = len(self.cls_logits) > 3 and set(generate_kwargs) <= _RESUMABLE
-        generate = generate_dropping_ended_rows if droppable else _generate_whole_batch
-        rows = generate(self.model, inputs, generate_kwargs)
+        rows = (generate_dropping_ended_rows if droppable else _generate_whole_batch)(self.model, inputs)
         texts = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [self.model.encoder.prompt.strip_verdict_line(text) for text in texts]
 
 
-def with_length(model: Any, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`generate_kwargs` with a length: the caller's, or the model's own."""
-    if "max_length" in generate_kwargs:
-        return generate_kwargs
-    return {"max_new_tokens": model.generation_config.max_new_tokens or 128, **generate_kwargs}
+def _generate_whole_batch(model: Any, inputs: dict[str, Any]) -> list[list[int]]:
+    return model.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def _generate_whole_batch(model: Any, inputs: dict[str, Any], generate_kwargs: dict[str, Any]) -> list[list[int]]:
-    generated = model.generate(**inputs, return_dict_in_generate=False, **generate_kwargs)
-    return generated[:, inputs["input_ids"].shape[1] :].tolist()
-
-
-def generate_dropping_ended_rows(
-    model: Any, inputs: dict[str, Any], generate_kwargs: dict[str, Any]
-) -> list[list[int]]:
+def generate_dropping_ended_rows(model: Any, inputs: dict[str, Any]) -> list[list[int]]:
     """`model.generate`, but a row that has ended is dropped from the batch, not padded until the slowest ends.
 
     Args:
         model (`PreTrainedModel`): With a generation config that names its eos tokens.
-        inputs (`dict`): `input_ids`, `attention_mask`, `past_key_values` (a `DynamicCache` of all but the last token).
-        generate_kwargs (`dict`): For `generate`, with `max_new_tokens`.
+        inputs (`dict`): For `generate`, with `input_ids`, `attention_mask`, `max_new_tokens` and `past_key_values` (a
+            `DynamicCache` of all but the last token).
 
     Returns:
         `list[list[int]]`: New ids of each row, up to and with its eos token.
@@ -139,19 +155,13 @@ def generate_dropping_ended_rows(
     ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], inputs["past_key_values"]
     stops = model.generation_config.eos_token_id
     stop_ids = torch.tensor(stops if isinstance(stops, list) else [-1 if stops is None else stops], device=ids.device)
-    start, end = ids.shape[1], ids.shape[1] + generate_kwargs["max_new_tokens"]
+    start, end = ids.shape[1], ids.shape[1] + inputs["max_new_tokens"]
     new_ids: list[list[int]] = [[] for _ in ids]
     going = torch.arange(len(ids), device=ids.device)
     while len(going):
-        criterion = _SomeRowsEnded(stop_ids)
-        ids = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            stopping_criteria=StoppingCriteriaList([criterion]),
-            return_dict_in_generate=False,
-            **{**generate_kwargs, "max_new_tokens": end - ids.shape[1]},
-        )
+        changed = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": end - ids.shape[1]}
+        criteria = StoppingCriteriaList([_SomeRowsEnded(stop_ids)])
+        ids = model.generate(**{**inputs, **changed, "stopping_criteria": criteria})
         ended = torch.isin(ids[:, start:], stop_ids)
         finished = ended.any(dim=1) if ids.shape[1] < end else torch.ones_like(going, dtype=torch.bool)
         if not finished.any():  # something else ended it, such as stop strings of the stored generation config
@@ -165,24 +175,21 @@ def generate_dropping_ended_rows(
     return new_ids
 
 
-def stream_pieces(
-    model: Any, inputs: dict[str, Any], generate_kwargs: dict[str, Any], timeout: float | None = None
-) -> Iterator[str]:
+def stream_pieces(model: Any, inputs: dict[str, Any], timeout: float | None = None) -> Iterator[str]:
     """Pieces of one explanation while it is generated in a thread; closing the iterator ends the generation.
 
     Args:
         model, inputs: See [`generate_dropping_ended_rows`], with one row.
-        generate_kwargs (`dict`): For `generate`.
         timeout (`float`, *optional*): Longest wait for a piece, in seconds.
     """
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=timeout, skip_special_tokens=True)
     cancelled, failures = _Cancelled(), []
-    criteria = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", ()), cancelled])
+    criteria = StoppingCriteriaList([*inputs.get("stopping_criteria", ()), cancelled])
 
     @torch.inference_mode()
     def generate() -> None:
         try:
-            model.generate(**inputs, streamer=streamer, stopping_criteria=criteria, **generate_kwargs)
+            model.generate(**{**inputs, "streamer": streamer, "stopping_criteria": criteria})
         except Exception as error:  # handed to the reader, who waits for pieces in another thread
             failures.append(error)
             streamer.end()

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .attribution_clsgen import occlusions
 from .batching_clsgen import pad_left, token_batches, windows
-from .explaining_clsgen import Prefill, stream_pieces, with_length
+from .explaining_clsgen import Prefill, stream_pieces
 from .prediction_clsgen import Attribution, DecisionRule, Prediction
 from .prompting_clsgen import EncodedPrompt, PromptEncoder, TaskPrompt
 
@@ -343,9 +343,9 @@ class ClsGenInferenceMixin:
             name, reading = self.config.label_names[prediction.label_id], prefill.lm_probabilities().item()
             prediction = replace(prediction, explained_label=name, lm_probability=reading)
         yield prediction
-        inputs = prefill.start([prediction.label_id] if mode == "guided" else None)
+        inputs = prefill.start([prediction.label_id] if mode == "guided" else None, generate_kwargs)
         pieces = []
-        for piece in stream_pieces(self, inputs, with_length(self, generate_kwargs), timeout):
+        for piece in stream_pieces(self, inputs, timeout):
             pieces.append(piece)
             yield piece
         yield replace(prediction, explanation="".join(pieces).strip())

@@ -80,6 +80,9 @@ class TaskArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without a better `metric_for_best_model` before training stops."}
     )
+    explanation_no_repeat_ngram_size: int = field(
+        default=6, metadata={"help": "Stored in the checkpoint: no run of so many tokens twice in an explanation."}
+    )
     save_adapter: bool = field(
         default=False, metadata={"help": "Save the LoRA adapter too, beside the checkpoint that it is merged into."}
     )
@@ -153,6 +156,7 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
         config_kwargs={
             "max_prompt_length": training.max_length - training.max_explanation_length,
             "cls_reads": parse_reads(arguments.cls_reads),
+            "explanation_no_repeat_ngram_size": arguments.explanation_no_repeat_ngram_size,
         },
         dtype=model_arguments.dtype or "float32",
         **kwargs,

@@ -177,8 +177,7 @@ def test_rows_that_end_leave_the_batch_and_all_say_the_same(model, texts):
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     with torch.inference_mode():
-        inputs = Prefill(model, prompts).start(None)
-        rows = generate_dropping_ended_rows(model, inputs, options)
+        rows = generate_dropping_ended_rows(model, Prefill(model, prompts).start(None, options))
     assert rows == apart
     assert sizes[0] == 8
     assert sizes[-1] < 8
@@ -302,3 +301,25 @@ def test_threads_get_the_same_answers(any_model, texts):
         assert [p.logit for p in answers[i]] == pytest.approx([p.logit for p in expected], abs=1e-4)
         if i % 2:
             assert [p.explanation for p in answers[i]] == [p.explanation for p in expected]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_an_explanation_does_not_repeat_itself_but_may_repeat_the_prompt(model, texts, batch_size):
+    said = []
+    model.lm.register_forward_pre_hook(lambda *call: said.append(call[2]["input_ids"]), with_kwargs=True)
+
+    def explain():
+        said.clear()
+        model.classify_and_explain(texts[0], mode="free", max_new_tokens=30, batch_size=batch_size)
+        return [ids[0, -1].item() for ids in said if ids.shape[1] == 1]
+
+    def repeats(tokens):
+        pairs = list(itertools.pairwise(tokens[1:]))
+        return len(pairs) - len(set(pairs))
+
+    assert repeats(explain()) > 0
+    model.config.explanation_no_repeat_ngram_size = 2
+    assert repeats(explain()) == 0
+    # A processor that knows the prompt would forbid what it holds; ours equals generation behind an empty prompt.
+    whole = model.classify_and_explain(texts * 2, mode="free", max_new_tokens=30)
+    assert whole[0].explanation == model.classify_and_explain(texts[0], mode="free", max_new_tokens=30).explanation
