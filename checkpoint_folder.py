@@ -82,6 +82,11 @@ def model_card(model: ClsGenForCausalLMAndClassification, report: dict[str, Any]
         else "**none: the task has no validation split**, so probabilities are the head's own and the threshold is "
         f"{config.threshold:.3f}"
     )
+    conformal = (
+        f" Prediction sets rule labels out at an error rate of {config.conformal['error_rate']:g} in either class."
+        if config.conformal
+        else ""
+    )
     content = f"""---
 {data.to_yaml()}
 ---
@@ -106,7 +111,7 @@ print(model.classify_and_explain({{{", ".join(f'"{field}": "..."' for field in m
 
 {table if rows else "No validation or test split."}
 
-Validation is the split that calibration and threshold were fitted on. Calibration: {calibration}.
+Validation is the split that calibration and threshold were fitted on. Calibration: {calibration}.{conformal}
 Training rows: {report["train_rows"]}; seed {report["seed"]}. The numbers come from `metrics.json` in this folder, made
 by `{report["command"]}`.
 

@@ -28,6 +28,7 @@ COLUMNS = {
     "label": pa.string(), "probability": pa.float64(), "explanation": pa.string(), "lm_probability": pa.float64(),
     "prediction_set": pa.string(), "abstained": pa.bool_(), "truncated": pa.bool_(), "error": pa.string(),
 }  # fmt: skip
+FREE_TO_CHANGE = {"batch_size", "on_error", "overwrite"}  # between a run and the one that goes on with it
 
 
 @dataclass
@@ -163,8 +164,10 @@ def predict_file(model: Any, arguments: PredictArguments) -> Counter:
     source, target = Path(arguments.input), Path(arguments.output)
     check_ending(target)
     check_columns(model, read_columns(source), arguments)
-    stamp = source.stat()
-    run = {**asdict(arguments), "size": stamp.st_size, "mtime": stamp.st_mtime_ns, "overwrite": False}
+    run = {name: value for name, value in asdict(arguments).items() if name not in FREE_TO_CHANGE}
+    for path in (source, Path(arguments.model) / "config.json"):  # a Hub id is pinned by its revision
+        if path.exists():
+            run[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
     journal_path = target.with_name(f".{target.name}.journal.jsonl")
     if arguments.overwrite:
         journal_path.unlink(missing_ok=True)

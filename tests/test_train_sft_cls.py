@@ -72,7 +72,17 @@ def test_main_job_from_a_folder_to_a_checkpoint(task_folder, backbones, tmp_path
     again = classification_metrics(test["label"], [p.probability for p in predictions], model.config.threshold)
     assert again["auroc"] == pytest.approx(report["test"]["auroc"])
     assert again["ece"] == pytest.approx(report["test"]["ece"], abs=1e-3)
+    assert model.config.base_rate == 0.5
+    assert model.config.conformal == report["conformal"]
+    assert report["conformal"]["error_rate"] == 0.1
+    names = [model.config.label_names[int(row["label"])] for row in test]
+    kept = [name for name, prediction in zip(names, predictions, strict=True) if name in prediction.prediction_set]
+    assert [kept.count(name) / 5 for name in model.config.label_names] == pytest.approx(
+        report["test_conformal"]["coverage"]
+    )
+    assert model.config.explanation_no_repeat_ngram_size == 6
     card = ModelCard.load(output / "model" / "README.md")
+    assert "error rate of 0.1" in str(card)
     assert f"| test | {report['test']['auroc']:.3f} |" in str(card)
     assert model.config.label_names == ["no_support", "support"]
 
