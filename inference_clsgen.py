@@ -17,6 +17,7 @@ from .prompting_clsgen import EncodedPrompt, PromptEncoder, TaskPrompt
 
 Text = str | dict[str, str]
 MAX_BATCH_TOKENS = 4096
+MAX_GENERATION_BATCH_TOKENS = 16384  # a decoding step costs nearly the same for few rows and for many
 WINDOW = 1024
 
 
@@ -180,7 +181,7 @@ class ClsGenInferenceMixin:
         *,
         prior: float | None = None,
         attributions: bool = False,
-        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_batch_tokens: int = MAX_GENERATION_BATCH_TOKENS,
         progress: bool = False,
         **generate_kwargs,
     ) -> Iterator[Prediction]:
@@ -208,13 +209,14 @@ class ClsGenInferenceMixin:
         *,
         prior: float | None = None,
         attributions: bool = False,
-        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_batch_tokens: int = MAX_GENERATION_BATCH_TOKENS,
         **generate_kwargs,
     ) -> Prediction | list[Prediction]:
         """The task's answer for each text, and an explanation generated from the same prefill.
 
         Args:
-            texts, batch_size, prior, attributions, max_batch_tokens: As in [`classify`].
+            texts, batch_size, prior, attributions: As in [`classify`].
+            max_batch_tokens (`int`, *optional*, defaults to 16384): Most prompt tokens of a batch, padding included.
             mode (`"guided"` or `"free"`, *optional*): `"guided"` starts the explanation from the verdict line of the
                 head's decision, `"free"` gives the LM no hint. Defaults to the config's `explanation_mode`.
             generate_kwargs: For `generate`, over the stored generation config; e.g. `max_new_tokens`, `do_sample`.
