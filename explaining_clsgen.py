@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from functools import cached_property
 from threading import Event, Thread
 from typing import Any
 
@@ -82,6 +83,7 @@ class Prefill:
         self.cls_logits = outputs.cls_logits[:, -1].cpu()  # (batch_size,)
         self._next_logits = outputs.logits  # (batch_size, 1, vocab_size)
 
+    @cached_property
     def lm_probabilities(self) -> torch.FloatTensor:
         """P(verdict of 1) / (P(verdict of 0) + P(verdict of 1)) by the LM, shape `(batch_size,)`."""
         scores = []

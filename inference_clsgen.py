@@ -265,9 +265,10 @@ class ClsGenInferenceMixin:
         several = isinstance(label, list | tuple)
         wanted = [self._label_id(each) for each in (label if several else [label])]
         prompts = self._encode_all([text])
+        rule = DecisionRule.from_config(self.config)
+        rule.prior_shift(prior)
         self.eval()
         prefill = Prefill(self, prompts)
-        rule = DecisionRule.from_config(self.config)
         predictions = rule.predict(prefill.cls_logits, [prompts[0].truncated], prior)
         explained = []
         for i, label_id in enumerate(wanted):
@@ -291,7 +292,7 @@ class ClsGenInferenceMixin:
         generate_kwargs: dict[str, Any],
         keep: bool = False,
     ) -> list[Prediction]:
-        readings = [None] * len(predictions) if labels is None else prefill.lm_probabilities().tolist()
+        readings = [None] * len(predictions) if labels is None else prefill.lm_probabilities.tolist()
         names = [None if labels is None else self.config.label_names[labels[i]] for i in range(len(predictions))]
         words = prefill.explain(labels, generate_kwargs, keep)
         return [
@@ -342,7 +343,7 @@ class ClsGenInferenceMixin:
         prefill = Prefill(self, prompts)
         prediction = rule.predict(prefill.cls_logits, [prompts[0].truncated], prior)[0]
         if mode == "guided":
-            name, reading = self.config.label_names[prediction.label_id], prefill.lm_probabilities().item()
+            name, reading = self.config.label_names[prediction.label_id], prefill.lm_probabilities.item()
             prediction = replace(prediction, explained_label=name, lm_probability=reading)
         yield prediction
         inputs = prefill.start([prediction.label_id] if mode == "guided" else None, generate_kwargs)

@@ -152,11 +152,9 @@ def check_columns(model: Any, columns: list[str], arguments: PredictArguments) -
             f"{arguments.input} has no column(s) {missing}; it has {columns}. Name the column that holds whole texts "
             "with --text_column."
         )
-    taken = [name for name in COLUMNS if f"{arguments.prefix}{name}" in columns]
+    taken = [name for name in (f"{arguments.prefix}{each}" for each in COLUMNS) if name in columns]
     if taken:
-        raise ValueError(
-            f"{arguments.input} has column(s) {arguments.prefix}{taken} already: choose another --prefix."
-        )
+        raise ValueError(f"{arguments.input} has the column(s) {taken} already: choose another --prefix.")
 
 
 def predict_file(model: Any, arguments: PredictArguments) -> Counter:

@@ -197,7 +197,6 @@ def create_app(model: Any, arguments: ServeArguments) -> FastAPI:
         if (request.max_new_tokens or 0) > arguments.max_new_tokens:
             raise HTTPException(422, f"`max_new_tokens` may be at most {arguments.max_new_tokens}.")
         try:
-            model.encoder.prompt.check_text(request.text)
             model.encoder.encode(request.text)
         except (TypeError, ValueError) as error:
             raise HTTPException(422, str(error)) from error
