@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import (
-    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
 from .batching_clsgen import pad_left
+from .caching_clsgen import SharedPrefix
 from .prompting_clsgen import VERDICT_PREFIX, EncodedPrompt
 
 # Options of `generate` that mean the same when a batch is generated in several calls, each from where the last ended.
@@ -46,14 +45,22 @@ class _SomeRowsEnded(StoppingCriteria):
 
 
 class _NoRepeatBehindPrompt(LogitsProcessor):
-    """transformers' `NoRepeatNGramLogitsProcessor` for what stands behind the first `start` tokens."""
+    """Forbids what would make `ngram_size` tokens stand twice behind the first `start` ones, for all rows at once."""
 
     def __init__(self, ngram_size: int, start: int):
+        self.ngram_size = ngram_size
         self.start = start
-        self.no_repeat = NoRepeatNGramLogitsProcessor(ngram_size)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return self.no_repeat(input_ids[:, self.start :], scores)
+        new = input_ids[:, self.start :]
+        if new.shape[1] < self.ngram_size:
+            return scores
+        ngrams = new.unfold(1, self.ngram_size, 1)  # (batch_size, ngrams, ngram_size)
+        last = new[:, None, new.shape[1] - self.ngram_size + 1 :]
+        rows, places = (ngrams[:, :, :-1] == last).all(dim=-1).nonzero(as_tuple=True)
+        scores = scores.clone()
+        scores[rows, ngrams[rows, places, -1]] = -torch.inf
+        return scores
 
 
 class _Cancelled(StoppingCriteria):
@@ -72,14 +79,18 @@ class Prefill:
     Args:
         model ([`ClsGenForCausalLMAndClassification`]): In evaluation mode.
         prompts (`list[EncodedPrompt]`): A batch.
+        prefix ([`SharedPrefix`], *optional*): What they begin with, where it is computed already.
     """
 
-    def __init__(self, model: Any, prompts: list[EncodedPrompt]):
+    def __init__(self, model: Any, prompts: list[EncodedPrompt], prefix: SharedPrefix | None = None):
         self.model = model
-        self.batch = pad_left([prompt.input_ids for prompt in prompts], model.pad_token_id, model.device)
-        self.cache = DynamicCache(config=model.config.text_config)
-        self.cache.activate_past_recording()  # sliding windows can be cropped then
-        outputs = model(**self.batch, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        ids = [prompt.input_ids for prompt in prompts]
+        prefix = prefix or SharedPrefix.of(model, ids, whole=True)
+        rest, past = prefix.batch(model, ids)
+        outputs = model(**rest, **past, use_cache=True, logits_to_keep=1)
+        self.cache = past["past_key_values"]
+        beginning = rest["input_ids"].new_tensor(prefix.input_ids).expand(len(ids), -1)
+        self.batch = {**rest, "input_ids": torch.cat([beginning, rest["input_ids"]], dim=1)}
         self.cls_logits = outputs.cls_logits[:, -1].cpu()  # (batch_size,)
         self._next_logits = outputs.logits  # (batch_size, 1, vocab_size)
 

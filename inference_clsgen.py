@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .attribution_clsgen import occlusions
-from .batching_clsgen import pad_left, token_batches, windows
+from .batching_clsgen import token_batches, windows
+from .caching_clsgen import SharedPrefix
 from .explaining_clsgen import Prefill, stream_pieces
 from .prediction_clsgen import Attribution, DecisionRule, Prediction
 from .prompting_clsgen import EncodedPrompt, PromptEncoder, TaskPrompt
@@ -88,8 +89,9 @@ class ClsGenInferenceMixin:
     def _predict_iter(
         self,
         texts: Iterable[Text],
-        predict: Callable[[list[EncodedPrompt]], list[Prediction]],
+        predict: Callable[[list[EncodedPrompt], SharedPrefix], list[Prediction]],
         *,
+        whole: bool,
         batch_size: int | None,
         max_batch_tokens: int,
         attributions: bool,
@@ -105,10 +107,11 @@ class ClsGenInferenceMixin:
             for window in windows(texts, WINDOW):
                 prompts = self._encode_all(window, first=done)
                 predictions: dict[int, Prediction] = {}
+                prefix = SharedPrefix.of(self, [prompt.input_ids for prompt in prompts], whole)
                 lengths = [len(prompt.input_ids) for prompt in prompts]
                 for indices in token_batches(lengths, max_batch_tokens, batch_size):
                     with torch.inference_mode():  # here, not around the loop: callers run their own code in between
-                        answers = predict([prompts[i] for i in indices])
+                        answers = predict([prompts[i] for i in indices], prefix)
                     predictions.update(zip(indices, answers, strict=True))
                     bar.update(len(indices))
                 done += len(window)
@@ -133,15 +136,19 @@ class ClsGenInferenceMixin:
         rule = DecisionRule.from_config(self.config)
         rule.prior_shift(prior)
 
-        def predict(prompts: list[EncodedPrompt]) -> list[Prediction]:
-            batch = pad_left([prompt.input_ids for prompt in prompts], self.pad_token_id, self.device)
-            logits = self.head_logits(batch["input_ids"], batch["attention_mask"]).cpu()
+        def predict(prompts: list[EncodedPrompt], prefix: SharedPrefix) -> list[Prediction]:
+            logits = self._logits([prompt.input_ids for prompt in prompts], prefix)
             return rule.predict(logits, [prompt.truncated for prompt in prompts], prior)
 
         return self._predict_iter(
-            texts, predict, batch_size=batch_size, max_batch_tokens=max_batch_tokens, attributions=attributions,
-            progress=progress,
+            texts, predict, whole=False, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
+            attributions=attributions, progress=progress,
         )  # fmt: skip
+
+    def _logits(self, prompts: list[list[int]], prefix: SharedPrefix) -> torch.FloatTensor:
+        """The head's logits of a batch of prompts that begin with `prefix`, shape `(rows,)`, on the CPU."""
+        batch, past = prefix.batch(self, prompts)
+        return self.run_to_head(**batch, **past)[0].cpu()
 
     def classify(
         self,
@@ -190,15 +197,15 @@ class ClsGenInferenceMixin:
         rule = DecisionRule.from_config(self.config)
         rule.prior_shift(prior)
 
-        def predict(prompts: list[EncodedPrompt]) -> list[Prediction]:
-            prefill = Prefill(self, prompts)
+        def predict(prompts: list[EncodedPrompt], prefix: SharedPrefix) -> list[Prediction]:
+            prefill = Prefill(self, prompts, prefix)
             predictions = rule.predict(prefill.cls_logits, [prompt.truncated for prompt in prompts], prior)
             labels = [prediction.label_id for prediction in predictions] if mode == "guided" else None
             return self._explained(prefill, predictions, labels, generate_kwargs)
 
         return self._predict_iter(
-            texts, predict, batch_size=batch_size, max_batch_tokens=max_batch_tokens, attributions=attributions,
-            progress=progress,
+            texts, predict, whole=True, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
+            attributions=attributions, progress=progress,
         )  # fmt: skip
 
     def classify_and_explain(
@@ -377,9 +384,9 @@ class ClsGenInferenceMixin:
         prompts = [whole, *variants]
         logits = torch.empty(len(prompts))
         self.eval()
+        prefix = SharedPrefix.of(self, prompts, whole=False)
         for indices in token_batches([len(prompt) for prompt in prompts], max_batch_tokens):
-            batch = pad_left([prompts[i] for i in indices], self.pad_token_id, self.device)
-            logits[indices] = self.head_logits(batch["input_ids"], batch["attention_mask"]).cpu()
+            logits[indices] = self._logits([prompts[i] for i in indices], prefix)
         scores = (logits[0] - logits[1:]).tolist()
         return tuple(Attribution(*place, score=score) for place, score in zip(places, scores, strict=True))
 

@@ -29,6 +29,8 @@ class ClsGenOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch_size, kept_positions, vocab_size)`): Of the LM head.
         cls_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length)`): Of the classification head, float32,
             as if each token were the decision token. Neither calibrated nor corrected for `pos_weight`.
+        cls_past_scores (`torch.FloatTensor` of shape `(batch_size,)`): What the head's means have summed up to the
+            last token, for a prompt that goes on in another call (`None` where the head reads no mean).
         past_key_values, hidden_states, attentions: As in any causal LM.
     """
 
@@ -37,6 +39,7 @@ class ClsGenOutput(ModelOutput):
     cls_loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     cls_logits: torch.FloatTensor | None = None
+    cls_past_scores: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -114,21 +117,30 @@ def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Long
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
-def running_mean(scores: torch.FloatTensor, mask: torch.Tensor, position_ids: torch.LongTensor) -> torch.FloatTensor:
-    """Mean over each token's own sequence up to and with that token.
+def running_sum(
+    scores: torch.FloatTensor,
+    mask: torch.Tensor,
+    position_ids: torch.LongTensor,
+    past_scores: torch.FloatTensor | None = None,
+) -> torch.FloatTensor:
+    """Sum over each token's own sequence up to and with that token; divided by `position_ids + 1`, the mean.
 
     Args:
         scores (`torch.FloatTensor` of shape `(batch_size, sequence_length)`).
         mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 0 at padding.
         position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Restart at 0 where a new sequence
             starts in a packed row.
+        past_scores (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): The sum over tokens of earlier calls,
+            for rows whose positions go on.
     """
     scores = scores * mask
     totals = scores.cumsum(dim=-1)
-    index = torch.arange(scores.shape[1], device=scores.device).expand_as(position_ids)
-    starts = torch.where((position_ids == 0) & mask.bool(), index, 0).cummax(dim=-1).values
-    before = (totals - scores).gather(1, starts)
-    return (totals - before) / (position_ids + 1)
+    index = torch.arange(1, scores.shape[1] + 1, device=scores.device).expand_as(position_ids)
+    starts = torch.where((position_ids == 0) & mask.bool(), index, 0).cummax(dim=-1).values  # 0: before this call
+    before = F.pad(totals - scores, (1, 0)).gather(1, starts)
+    if past_scores is not None:
+        before = torch.where(starts == 0, -past_scores.to(totals)[:, None], before)
+    return totals - before
 
 
 class ClassificationHead(nn.Linear):
@@ -156,36 +168,45 @@ class ClassificationHead(nn.Linear):
         poolings: list[str],
         mask: torch.Tensor | None,
         position_ids: torch.LongTensor,
+        past_scores: torch.FloatTensor | None = None,
         dropout: float = 0.0,
-    ) -> torch.FloatTensor:
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
         """
         Args:
             hidden_states (`list[torch.FloatTensor]`): One a read, `(batch_size, sequence_length, hidden_size)`.
             poolings (`list[str]`): `"decision"` or `"mean"`, one a read.
             mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 at padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)` or `(1, sequence_length)`).
+            past_scores (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): As in [`ClsGenOutput`].
             dropout (`float`, *optional*, defaults to 0.0): On the pooled features, while training.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, sequence_length)`: each position's logit, as if it were the
-            decision token.
+            Each position's logit, as if it were the decision token (`torch.FloatTensor` of shape
+            `(batch_size, sequence_length)`), and `cls_past_scores` of [`ClsGenOutput`].
         """
         weights = self.weight.float()[0].chunk(len(hidden_states))
-        logits = self.bias.float()
+        logits, to_average = self.bias.float(), None
         for hidden, weight, pooling in zip(hidden_states, weights, poolings, strict=True):
-            with torch.autocast(hidden.device.type, enabled=False):
-                hidden = hidden.to(weight.device, torch.float32)
-                if self.training and dropout > 0:
-                    # One mask a row is dropout on the pooled features, since pooling and head are linear.
-                    kept = F.dropout(weight.expand(hidden.shape[0], -1), dropout)
-                    scores = torch.einsum("bth,bh->bt", hidden, kept)
-                else:
-                    scores = hidden @ weight
-                if pooling == "mean":
-                    mask_or_ones = torch.ones_like(scores) if mask is None else mask.to(scores)
-                    scores = running_mean(scores, mask_or_ones, position_ids.expand_as(scores))
-            logits = logits + scores
-        return logits
+            scores = self._scores(hidden, weight, dropout)
+            if pooling == "decision":
+                logits = logits + scores
+            else:
+                to_average = scores if to_average is None else to_average + scores
+        if to_average is None:
+            return logits, None
+        position_ids = position_ids.expand_as(to_average)
+        mask = torch.ones_like(to_average) if mask is None else mask.to(to_average)
+        sums = running_sum(to_average, mask, position_ids, past_scores)
+        return logits + sums / (position_ids + 1), sums[:, -1]
+
+    def _scores(self, hidden: torch.FloatTensor, weight: torch.FloatTensor, dropout: float) -> torch.FloatTensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(weight.device, torch.float32)
+            if self.training and dropout > 0:
+                # One mask a row is dropout on the pooled features, since pooling and head are linear.
+                kept = F.dropout(weight.expand(hidden.shape[0], -1), dropout)
+                return torch.einsum("bth,bh->bt", hidden, kept)
+            return hidden @ weight
 
 
 class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMixin, PreTrainedModel, GenerationMixin):
@@ -293,15 +314,21 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         """Non-negative indices into `hidden_states` that the head reads, one a read."""
         return [layer % (self.config.text_config.num_hidden_layers + 1) for layer, _ in self.config.cls_reads]
 
-    def head_logits(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.FloatTensor:
-        """The head's logit at the last token of each row, by the layers below the head alone.
+    def run_to_head(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        past_key_values: Cache | None = None,
+        cls_past_scores: torch.FloatTensor | None = None,
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
+        """[`forward`] for the head alone: only the layers below it are run.
 
         Args:
-            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Padded on the
-                left.
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Padded on the left.
+            attention_mask, past_key_values, cls_past_scores: As in [`forward`].
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size,)`: As `forward(...).cls_logits[:, -1]`.
+            The logit at each row's last token, `torch.FloatTensor` of shape `(batch_size,)`, and `cls_past_scores`.
         """
         layers = self.read_layers()
         position_ids = positions_from_mask(attention_mask, input_ids.shape[1])
@@ -309,13 +336,19 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=False,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
             output_hidden_states=sorted(set(layers)),
             return_dict=True,
         ).hidden_states
-        poolings = [pooling for _, pooling in self.config.cls_reads]
-        reads = [hidden_states[layer] for layer in layers]
-        return self.cls_head(reads, poolings, attention_mask, position_ids)[:, -1]
+        logits, past_scores = self.cls_head(
+            [hidden_states[layer] for layer in layers],
+            [pooling for _, pooling in self.config.cls_reads],
+            attention_mask[:, -input_ids.shape[1] :],
+            position_ids,
+            cls_past_scores,
+        )
+        return logits[:, -1], past_scores
 
     def forward(
         self,
@@ -324,6 +357,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        cls_past_scores: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         cls_labels: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -339,6 +373,8 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
             attention_mask (`torch.Tensor` of shape `(batch_size, cached_and_new_length)`, *optional*): 0 at padding,
                 on either side. Without one, `position_ids` that restart at 0 mark packed sequences, which don't see
                 each other.
+            cls_past_scores (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): From the call that computed
+                `past_key_values`, where the prompt goes on in this one.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids, -100 where
                 there is no language-modelling loss.
             cls_labels (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 to 1 at decision
@@ -350,8 +386,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
                 decisions of the whole optimizer step; each loss is its sum over this batch divided by them.
 
         Returns:
-            [`ClsGenOutput`]. `cls_logits` with the pooling `"mean"` cover the given tokens only: read a decision from
-            the forward that gets its whole prompt.
+            [`ClsGenOutput`]. With the pooling `"mean"`, `cls_logits` know of earlier calls by `cls_past_scores` alone.
         """
         keep_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and keep_all and self.training and not torch.compiler.is_compiling():
@@ -378,11 +413,12 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         if position_ids is None:
             position_ids = torch.arange(length, device=outputs.logits.device)[None]
         mask = attention_mask[:, -length:] if is_2d_mask else None
-        cls_logits = self.cls_head(
+        cls_logits, cls_past_scores = self.cls_head(
             [outputs.hidden_states[layer] for layer in layers],
             [pooling for _, pooling in self.config.cls_reads],
             mask,
             position_ids,
+            cls_past_scores,
             self.config.cls_dropout,
         )
 
@@ -400,6 +436,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
             cls_loss=cls_loss,
             logits=outputs.logits,
             cls_logits=cls_logits,
+            cls_past_scores=cls_past_scores,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states if output_hidden_states else None,
             attentions=outputs.attentions,

@@ -1,6 +1,7 @@
 """`classify` and `classify_and_explain`: the same numbers whatever the batch, and words that follow them."""
 
 import asyncio
+import copy
 import itertools
 import json
 import threading
@@ -8,9 +9,11 @@ import threading
 import pytest
 import torch
 from conftest import build
+from transformers import DynamicCache
 
 from clsgen.attribution_clsgen import sentence_spans
 from clsgen.batching_clsgen import token_batches
+from clsgen.caching_clsgen import SharedPrefix, growing_cache
 from clsgen.early_exit_clsgen import decoder_up_to
 from clsgen.explaining_clsgen import STREAM_THREAD, Prefill, generate_dropping_ended_rows
 
@@ -127,6 +130,53 @@ def test_reads_at_the_ends_need_the_whole_decoder(backbones, texts, reads):
     assert decoder_up_to(model.get_decoder(), 4) is model.get_decoder()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_shared_prefix_changes_no_number(any_model, texts, whole):
+    prompts = [any_model.encoder.encode(text).input_ids for text in texts]
+    prefix = SharedPrefix.of(any_model, prompts, whole)
+    assert all(prompt[: len(prefix.input_ids)] == prefix.input_ids for prompt in prompts)
+    windowed = any_model.config.text_config.model_type == "gemma3_text"
+    assert len({tuple(prompt[: len(prefix.input_ids) + 1]) for prompt in prompts}) == (1 if windowed else 4)
+    logits = any_model._logits(prompts, prefix)
+    expected = [any_model(torch.tensor([prompt])).cls_logits[0, -1].item() for prompt in prompts]
+    assert logits.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_equal_prompts_share_all_but_their_last_token(model):
+    prompts = [model.encoder.encode("The same text.").input_ids] * 9
+    prefix = SharedPrefix.of(model, prompts, whole=False)
+    assert prefix.input_ids == prompts[0][:-1]
+    assert model._logits(prompts, prefix).tolist() == pytest.approx([model.classify("The same text.").logit] * 9)
+    assert SharedPrefix.of(model, prompts[:1], whole=False).input_ids == []
+
+
+def test_a_growing_cache_holds_what_a_dynamic_cache_holds(model):
+    caches = DynamicCache(config=model.config.text_config), growing_cache(model.config.text_config)
+    generator = torch.Generator().manual_seed(0)
+
+    def update(batch_size, length):
+        for layer in range(4):
+            states = [torch.rand(batch_size, 2, length, 8, generator=generator) for _ in range(2)]
+            for expected, found in zip(*(cache.update(*states, layer) for cache in caches), strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+    update(3, 7)
+    update(3, 1)
+    for change in (
+        lambda cache: cache.crop(-2),
+        lambda cache: cache.batch_select_indices(torch.tensor([2, 0])),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_repeat_interleave(2),
+    ):
+        for cache in caches:
+            change(cache)
+        batch_size = len(caches[0].layers[0].keys)
+        kept = copy.deepcopy(caches[1])
+        update(batch_size, 1)
+        update(batch_size, 90)
+        torch.testing.assert_close(kept.layers[3].keys, caches[0].layers[3].keys[:, :, :-91], rtol=0, atol=0)
+
+
 def test_token_batches_hold_every_row_once_within_the_budget():
     lengths = [5, 90, 7, 6, 200, 5]
     batches = list(token_batches(lengths, max_tokens=20))
@@ -173,11 +223,12 @@ def test_rows_that_end_leave_the_batch_and_all_say_the_same(model, texts):
     apart = generate_apart([stop])
     assert len({len(row) for row in apart}) > 1
     sizes = []
-    model.lm.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
     with torch.inference_mode():
-        rows = generate_dropping_ended_rows(model, Prefill(model, prompts).start(None, options))
+        inputs = Prefill(model, prompts).start(None, options)
+        model.lm.register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        rows = generate_dropping_ended_rows(model, inputs)
     assert rows == apart
     assert sizes[0] == 8
     assert sizes[-1] < 8

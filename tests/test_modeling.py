@@ -10,11 +10,11 @@ from conftest import READS, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
 from clsgen.configuration_clsgen import AUTO_MAP, ClsGenConfig
-from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification, running_mean
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification, running_sum
 from clsgen.prediction_clsgen import DecisionRule
 
 IGNORE = -100
@@ -159,11 +159,33 @@ def test_head_dropout_is_dropout_on_the_pooled_features(model):
     assert error.max() < 5
 
 
-def test_running_mean_restarts_with_each_sequence():
+def test_running_sum_restarts_with_each_sequence_and_goes_on_from_earlier_calls():
     scores = torch.tensor([[1.0, 3.0, 5.0, 10.0, 20.0]])
+    ones = torch.ones_like(scores)
     positions = torch.tensor([[0, 1, 2, 0, 1]])
-    means = running_mean(scores, torch.ones_like(scores), positions)
-    torch.testing.assert_close(means, torch.tensor([[1.0, 2.0, 3.0, 10.0, 15.0]]))
+    torch.testing.assert_close(running_sum(scores, ones, positions), torch.tensor([[1.0, 4.0, 9.0, 10.0, 30.0]]))
+    positions = torch.tensor([[7, 8, 9, 0, 1]])
+    sums = running_sum(scores, ones, positions, past_scores=torch.tensor([100.0]))
+    torch.testing.assert_close(sums, torch.tensor([[101.0, 104.0, 109.0, 10.0, 30.0]]))
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_a_prompt_may_come_in_chunks(any_model, chunk):
+    ids = torch.randint(3, 250, (2, 17))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    whole = any_model(ids, attention_mask=mask)
+    cache, past_scores = DynamicCache(config=any_model.config.text_config), None
+    for start in range(0, 17, chunk):
+        part = any_model(
+            ids[:, start : start + chunk],
+            attention_mask=mask[:, : start + chunk],
+            past_key_values=cache,
+            cls_past_scores=past_scores,
+        )
+        past_scores = part.cls_past_scores
+    torch.testing.assert_close(part.cls_logits[:, -1], whole.cls_logits[:, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(part.logits[:, -1], whole.logits[:, -1], atol=1e-4, rtol=1e-4)
 
 
 def test_generate_in_its_usual_modes_equals_the_backbone(any_model, tokenizer):
