@@ -40,9 +40,16 @@ from clsgen.calibration import (
 from clsgen.checkpoint_folder import CARD_METRICS, write_checkpoint
 from clsgen.classification_metrics import classification_metrics
 from clsgen.configuration_clsgen import ClsGenConfig
+from clsgen.frozen_layers import FrozenLayers
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.tasks import Task, class_counts, load_task
-from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer, last_complete_checkpoint, resolve_pos_weight
+from clsgen.trainer_clsgen import (
+    ClsGenSFTConfig,
+    ClsGenSFTTrainer,
+    frozen_layers_dir,
+    last_complete_checkpoint,
+    resolve_pos_weight,
+)
 from clsgen.training_rows import encode_rows
 from clsgen.warm_start import Probe, warm_start
 
@@ -164,12 +171,18 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
 
 
 def start_warm(
-    model: ClsGenForCausalLMAndClassification, rows: Dataset, arguments: TaskArguments, training: ClsGenSFTConfig
+    model: ClsGenForCausalLMAndClassification,
+    rows: Dataset,
+    arguments: TaskArguments,
+    training: ClsGenSFTConfig,
+    first_layer: int,
 ) -> Probe:
     """Fits the probe in the main process, and gives every process the same head."""
     found: list[Any] = [None, None]
     if training.process_index == 0:
-        found[0] = warm_start(model, rows, parse_reads(arguments.cls_reads), seed=training.seed)
+        kept = FrozenLayers(model, first_layer, frozen_layers_dir(training)) if training.cache_frozen_layers else None
+        reads = parse_reads(arguments.cls_reads)
+        found[0] = warm_start(model, rows, reads, seed=training.seed, frozen_layers=kept)
         found[1] = {name: tensor.cpu() for name, tensor in model.cls_head.state_dict().items()}
     if training.world_size > 1:
         broadcast_object_list(found)
@@ -288,8 +301,10 @@ def train(
     fine_tune = training.num_train_epochs > 0 or training.max_steps > 0
     if not fine_tune and not arguments.warm_start:
         raise ValueError("No epochs and no warm start: nothing would be learned. Ask for one of them.")
+    training.cache_frozen_layers &= fine_tune  # a probe goes through them once anyway
+    first_layer = model_arguments.lora_first_layer if model_arguments.use_peft else 0
     model.config.pos_weight = resolve_pos_weight(training.pos_weight, rows["train"])
-    probe = start_warm(model, rows["train"], arguments, training) if arguments.warm_start else None
+    probe = start_warm(model, rows["train"], arguments, training, first_layer) if arguments.warm_start else None
     if "validation" not in rows:
         logger.warning("The task has no validation split: no evaluation, no calibration, no choice of checkpoint.")
         training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False

@@ -18,6 +18,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from clsgen.classification_metrics import classification_metrics
+from clsgen.frozen_layers import FrozenLayers, first_trained_layer
 from clsgen.modeling_clsgen import IGNORE_INDEX, ClsGenForCausalLMAndClassification, supervised_positions
 from clsgen.training_rows import DataCollatorForClsGen, encode_rows, label_counts, pack_rows
 
@@ -42,6 +43,8 @@ class ClsGenSFTConfig(SFTConfig):
         padding_side (`str`, *optional*, defaults to `"left"`): Side of the padding in batches.
         train_sampling_strategy (`str`, *optional*, defaults to `"auto"`): As in `TrainingArguments`; `"auto"` is
             `"group_by_length"` on a CPU and `"random"` elsewhere.
+        cache_frozen_layers (`bool`, *optional*, defaults to `False`): Keep the states of the layers below the lowest
+            trained one in `output_dir/frozen_layers`, so that a row goes through them once and not in every epoch.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS
@@ -65,6 +68,10 @@ class ClsGenSFTConfig(SFTConfig):
             "help": "Sampler for training; 'auto' is 'group_by_length' on a CPU and 'random' elsewhere.",
             "choices": ["auto", "random", "sequential", "group_by_length", "batch_rebalance"],
         },
+    )
+
+    cache_frozen_layers: bool = field(
+        default=False, metadata={"help": "Keep on disk what the layers below the trained ones make of each row."}
     )
 
     def __post_init__(self):
@@ -218,6 +225,9 @@ class ClsGenSFTTrainer(SFTTrainer):
             if "cls_head" in name:
                 parameter.data = parameter.data.float()
         config.pos_weight = resolve_pos_weight(args.pos_weight, self.train_dataset)
+        self._frozen_layers = None
+        if args.cache_frozen_layers:
+            self._frozen_layers = FrozenLayers(clsgen, first_trained_layer(clsgen), frozen_layers_dir(args))
         self.loss_is_scaled_for_ga = True
         self.compute_metrics = self._classification_metrics
 
@@ -288,13 +298,14 @@ class ClsGenSFTTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         tokens, decisions = self._local_counts(inputs)
         step_tokens, step_decisions = (tokens, decisions) if num_items_in_batch is None else num_items_in_batch
-        outputs = model(
-            **inputs,
-            use_cache=False,
-            logits_to_keep=supervised_positions(inputs["labels"]),
-            num_items_in_batch=step_tokens,
-            num_decisions_in_batch=step_decisions,
-        )
+        with self._frozen_layers.replay(inputs) if self._frozen_layers else contextlib.nullcontext():
+            outputs = model(
+                **inputs,
+                use_cache=False,
+                logits_to_keep=supervised_positions(inputs["labels"]),
+                num_items_in_batch=step_tokens,
+                num_decisions_in_batch=step_decisions,
+            )
         losses = [
             outputs.lm_loss.detach() * step_tokens,
             tokens,
@@ -375,6 +386,11 @@ class ClsGenSFTTrainer(SFTTrainer):
                 f"The checkpoint {folder} could not be written ({error}). Checkpoints before it are whole: make room, "
                 "then run again with `--resume_from_checkpoint true`."
             ) from error
+
+
+def frozen_layers_dir(args: ClsGenSFTConfig) -> Path:
+    """Where `cache_frozen_layers` keeps its files."""
+    return Path(args.output_dir) / "frozen_layers"
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

@@ -20,8 +20,8 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 from clsgen.configuration_clsgen import POOLINGS
+from clsgen.frozen_layers import FrozenLayers, run_layers
 from clsgen.modeling_clsgen import IGNORE_INDEX, ClsGenForCausalLMAndClassification
-from clsgen.training_rows import DataCollatorForClsGen
 
 logger = logging.getLogger(__name__)
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -50,52 +50,46 @@ def candidate_reads(num_hidden_layers: int) -> list[tuple[Read, ...]]:
     return [((-1, "decision"),), *singles, *pairs]
 
 
-@torch.inference_mode()
 def extract_features(
-    model: ClsGenForCausalLMAndClassification, rows: Dataset, layers: list[int], batch_size: int = 8
+    model: ClsGenForCausalLMAndClassification,
+    rows: Dataset,
+    layers: list[int],
+    batch_size: int = 8,
+    frozen_layers: FrozenLayers | None = None,
 ) -> tuple[dict[Read, np.ndarray], np.ndarray]:
     """Features of the frozen backbone at each row's decision, by one forward pass over the prompts.
 
     Args:
         model (`ClsGenForCausalLMAndClassification`): Not wrapped by PEFT.
         rows (`Dataset`): Encoded rows, see [`encode_rows`]; those without a label are passed over.
-        layers (`list[int]`): Indices into `hidden_states`.
+        layers (`list[int]`): Indices into `hidden_states`, 0 or above.
         batch_size (`int`, *optional*, defaults to 8): Rows a forward pass.
+        frozen_layers ([`FrozenLayers`], *optional*): Gets the states of the whole rows, and keeps them for training.
 
     Returns:
         Features by read, each float32 of shape `(labelled_rows, hidden_size)`, and labels of shape `(labelled_rows,)`.
     """
-    prompts, labels = [], []
+    ids, decisions, labels = [], [], []
     for row in rows.select_columns(["input_ids", "cls_labels"]):
         cls_labels = np.asarray(row["cls_labels"])
         for position in np.flatnonzero(cls_labels != IGNORE_INDEX):
-            prompts.append(row["input_ids"][: position + 1])
+            ids.append(row["input_ids"] if frozen_layers else row["input_ids"][: position + 1])
+            decisions.append(position)
             labels.append(cls_labels[position])
-    order = np.argsort([-len(prompt) for prompt in prompts])
-    size = (len(prompts), model.config.text_config.hidden_size)
-    features = {read: np.zeros(size, dtype=np.float32) for read in product(layers, ("decision", "mean"))}
-    collator = DataCollatorForClsGen(pad_token_id=0)
-    was_training = model.training
-    model.eval()
-    with tqdm(total=len(prompts), desc="Reading frozen features", unit="text") as progress:
+    order = np.argsort([-len(row) for row in ids])
+    size = (len(ids), model.config.text_config.hidden_size)
+    features = {read: np.zeros(size, dtype=np.float32) for read in product(layers, POOLINGS)}
+    with tqdm(total=len(ids), desc="Reading frozen features", unit="text") as progress:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            batch = collator([dict.fromkeys(("input_ids", "labels", "cls_labels"), prompts[i]) for i in indices])
-            mask = batch["attention_mask"].to(model.device)
-            hidden_states = model(
-                input_ids=batch["input_ids"].to(model.device),
-                attention_mask=mask,
-                use_cache=False,
-                logits_to_keep=torch.empty(0, dtype=torch.long, device=model.device),
-                output_hidden_states=layers,
-            ).hidden_states
-            for layer in layers:
-                hidden = hidden_states[layer].float()  # (batch_size, sequence_length, hidden_size)
-                weights = mask[..., None] / mask.sum(dim=1)[:, None, None]
-                features[layer, "decision"][indices] = hidden[:, -1].cpu().numpy()
-                features[layer, "mean"][indices] = (hidden * weights).sum(dim=1).cpu().numpy()
+            batch = [ids[i] for i in indices]
+            found = frozen_layers.states(batch) if frozen_layers else run_layers(model, batch, layers)
+            for i, states in zip(indices, found, strict=True):
+                for layer in layers:
+                    prompt = states[layer][: decisions[i] + 1].float()  # (prompt_length, hidden_size)
+                    features[layer, "decision"][i] = prompt[-1].cpu().numpy()
+                    features[layer, "mean"][i] = prompt.mean(dim=0).cpu().numpy()
             progress.update(len(indices))
-    model.train(was_training)
     return features, np.asarray(labels)
 
 
@@ -150,6 +144,7 @@ def warm_start(
     reads: list[Read] | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    frozen_layers: FrozenLayers | None = None,
 ) -> Probe:
     """Fits the head on frozen features and writes it into the model.
 
@@ -162,6 +157,7 @@ def warm_start(
         reads (`list[tuple[int, str]]`, *optional*): What the head reads; chosen by cross-validation on the training
             rows where `None`.
         batch_size, seed (`int`, *optional*): Of the forward pass, and of the folds.
+        frozen_layers ([`FrozenLayers`], *optional*): Used and filled where it keeps all the layers that are needed.
 
     Returns:
         [`Probe`]: What was fitted.
@@ -171,8 +167,12 @@ def warm_start(
     """
     depth = model.config.text_config.num_hidden_layers
     candidates = [tuple(tuple(read) for read in reads)] if reads else candidate_reads(depth)
-    layers = sorted({layer for candidate in candidates for layer, _ in candidate})
-    features, labels = extract_features(model, rows, layers, batch_size)
+    layers = {layer: layer % (depth + 1) for candidate in candidates for layer, _ in candidate}
+    needed = sorted(set(layers.values()))
+    if frozen_layers is not None and not set(needed) <= set(frozen_layers.layers):
+        frozen_layers = None
+    found, labels = extract_features(model, rows, needed, batch_size, frozen_layers)
+    features = {(layer, pooling): found[layers[layer], pooling] for layer in layers for pooling in POOLINGS}
     labels = (labels >= 0.5).astype(int)
     probe = choose_probe(features, labels, candidates, seed)
     columns = np.concatenate([features[read] for read in probe.reads], axis=1).astype(np.float64)
