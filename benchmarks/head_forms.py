@@ -8,18 +8,18 @@ test split is not read. Labels are gold, or mixed with a teacher's probability (
 """
 
 import argparse
+import hashlib
 import logging
-import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
@@ -33,8 +33,8 @@ from clsgen.warm_start import Read, extract_features
 
 SPLITS = ("train", "validation")
 LAYERS = tuple(range(4, 30, 2))
-INVERSE_PENALTIES = (3e-4, 1e-3, 3e-3, 1e-2)
-TEACHER_SHARES = (0.0, 0.3, 0.5, 0.7, 1.0)
+INVERSE_PENALTIES = (3e-4, 1e-3, 3e-3)
+TEACHER_SHARES = (0.0, 0.5, 1.0)
 FORMS: dict[str, list[Read]] = {
     "decision 16": [(16, "decision")],
     "mean 14": [(14, "mean")],
@@ -50,8 +50,8 @@ FORMS: dict[str, list[Read]] = {
 }
 
 
-def features_of(task: Task, backbone: str, template: str, max_prompt_length: int) -> dict[str, Any]:
-    """Frozen features, gold labels, teacher's probabilities and trials of each split."""
+def features_of(task: Task, backbone: str, template: str, max_prompt_length: int) -> dict[str, np.ndarray]:
+    """Frozen features, gold labels, teacher's probabilities and trials of train and then validation, and the split."""
     model = ClsGenForCausalLMAndClassification.from_backbone(
         resolve_backbone(backbone),
         task={**task.prompt, "template": template},
@@ -59,51 +59,79 @@ def features_of(task: Task, backbone: str, template: str, max_prompt_length: int
         config_kwargs={"max_prompt_length": max_prompt_length},
         dtype="float32",
     )
-    found = {}
+    parts = []
     for split in SPLITS:
         rows = task.splits[split].filter(lambda row: row["label"] is not None)
         encoded = encode_rows(rows, model.encoder, 1, guided=False, name=split)
         features, labels = extract_features(model, encoded, list(LAYERS))
         teacher = rows["teacher_probability"] if "teacher_probability" in rows.column_names else [None] * len(rows)
-        found[split] = {
-            "features": features,
-            "labels": labels.astype(int),
-            "teacher": np.array([np.nan if value is None else value for value in teacher], dtype=float),
-            "trials": np.array([row_id.split("-")[0] for row_id in rows["id"]]),
-        }
+        parts.append(
+            {
+                **{f"{layer}:{pooling}": x for (layer, pooling), x in features.items()},
+                "labels": labels.astype(int),
+                "teacher": np.array([np.nan if value is None else value for value in teacher], dtype=float),
+                "trials": np.array([row_id.split("-")[0] for row_id in rows["id"]]),
+                "is_train": np.full(len(rows), split == "train"),
+            }
+        )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def kept_features(folder: Path, *key: Any) -> dict[str, np.ndarray]:
+    """[`features_of`], computed once and kept in `folder`."""
+    name = hashlib.sha256(repr([(part.name, len(part.splits["train"])) if isinstance(part, Task) else part
+                                for part in key]).encode()).hexdigest()[:16]  # fmt: skip
+    file = folder / f"{name}.npz"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{name}.npz"
+        np.savez(temporary, **features_of(*key))
+        temporary.rename(file)
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def fit_and_score(
+    x: np.ndarray, targets: dict[float, np.ndarray], fitted: np.ndarray, held_out: np.ndarray
+) -> dict[tuple[float, float], np.ndarray]:
+    """Scores of the held-out rows, by teacher's share and inverse penalty.
+
+    A row counts as both labels, with its shares of them as weights. PCA keeps all there is: it turns features so that
+    there are no more of them than rows, which an L2 penalty does not notice.
+    """
+    turn = make_pipeline(StandardScaler(), PCA()).fit(x[fitted])
+    z, z_held_out = turn.transform(x[fitted]), turn.transform(x[held_out])
+    labels, found = np.repeat([1, 0], len(z)), {}
+    for share, inverse_penalty in product(targets, INVERSE_PENALTIES):
+        weights = np.concatenate([targets[share][fitted], 1 - targets[share][fitted]])
+        probe = LogisticRegression(C=inverse_penalty, max_iter=300)
+        probe.fit(np.concatenate([z, z])[weights > 0], labels[weights > 0], sample_weight=weights[weights > 0])
+        found[share, inverse_penalty] = probe.decision_function(z_held_out)
     return found
 
 
-def fit(x: np.ndarray, targets: np.ndarray, inverse_penalty: float) -> Pipeline:
-    """Logistic regression on targets between 0 and 1: each row counts as both labels, with its shares as weights."""
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=300))
-    labels = np.repeat([1, 0], len(x))
-    weights = np.concatenate([targets, 1 - targets])
-    used = weights > 0
-    return probe.fit(np.concatenate([x, x])[used], labels[used], logisticregression__sample_weight=weights[used])
-
-
-def score(data: dict[str, Any], reads: list[Read], inverse_penalty: float, teacher_share: float) -> dict[str, float]:
-    """AUROC of one probe in the three ways of the module's docstring."""
-
-    def columns(split: str) -> np.ndarray:
-        return np.concatenate([data[split]["features"][read] for read in reads], axis=1)
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([data[split][name] for split in SPLITS])
-
-    x, labels, teacher = np.concatenate([columns(split) for split in SPLITS]), joined("labels"), joined("teacher")
-    mixed = np.where(np.isnan(teacher), labels, (1 - teacher_share) * labels + teacher_share * teacher)
-    aurocs = {}
-    for name, folds in (("cv_auroc", StratifiedKFold), ("cv_auroc_by_trial", StratifiedGroupKFold)):
-        scores = np.zeros(len(labels))
-        for fitted, held_out in folds(5, shuffle=True, random_state=0).split(x, labels, joined("trials")):
-            probe = fit(x[fitted], mixed[fitted], inverse_penalty)
-            scores[held_out] = probe.decision_function(x[held_out])
-        aurocs[name] = roc_auc_score(labels, scores)
-    train = len(data["train"]["labels"])
-    scores = fit(x[:train], mixed[:train], inverse_penalty).decision_function(x[train:])
-    return {**aurocs, "validation_auroc": roc_auc_score(labels[train:], scores)}
+def score(data: dict[str, np.ndarray], reads: list[Read], shares: tuple[float, ...]) -> list[dict[str, float]]:
+    """AUROC of the probes of one head form in the three ways of the module's docstring."""
+    x = np.concatenate([data[f"{layer}:{pooling}"] for layer, pooling in reads], axis=1)
+    labels, teacher, is_train = data["labels"], data["teacher"], data["is_train"]
+    targets = {share: np.where(np.isnan(teacher), labels, (1 - share) * labels + share * teacher) for share in shares}
+    ways = {
+        "cv_auroc": list(StratifiedKFold(5, shuffle=True, random_state=0).split(x, labels)),
+        "cv_auroc_by_trial": list(
+            StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, labels, data["trials"])
+        ),
+        "validation_auroc": [(np.flatnonzero(is_train), np.flatnonzero(~is_train))],
+    }
+    rows = {key: {"teacher_share": key[0], "C": key[1]} for key in product(shares, INVERSE_PENALTIES)}
+    for name, folds in ways.items():
+        scores = {key: np.full(len(labels), np.nan) for key in rows}
+        for fitted, held_out in folds:
+            for key, values in fit_and_score(x, targets, fitted, held_out).items():
+                scores[key][held_out] = values
+        scored = np.concatenate([held_out for _, held_out in folds])
+        for key, row in rows.items():
+            row[name] = roc_auc_score(labels[scored], scores[key][scored])
+    return list(rows.values())
 
 
 def main() -> None:
@@ -117,17 +145,16 @@ def main() -> None:
     parser.add_argument("--results_dir", required=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    warnings.simplefilter("ignore", ConvergenceWarning)
     task = load_task(arguments.task, arguments.data_dir)
     rows = []
     for template in [task.prompt["template"], *(arguments.templates or ())]:
         template = template.replace("\\n", "\n")
-        data = features_of(task, arguments.backbone, template, arguments.max_prompt_length)
-        shares = TEACHER_SHARES if np.isfinite(data["train"]["teacher"]).any() else (0.0,)
-        grid = list(product(FORMS.items(), shares, INVERSE_PENALTIES))
-        for (name, reads), teacher_share, inverse_penalty in tqdm(grid, desc="Fitting probes", unit="probe"):
-            setting = {"template": template, "reads": name, "teacher_share": teacher_share, "C": inverse_penalty}
-            rows.append({**setting, **score(data, reads, inverse_penalty, teacher_share)})
+        data = kept_features(
+            Path("outputs/head_forms"), task, arguments.backbone, template, arguments.max_prompt_length
+        )
+        shares = TEACHER_SHARES if np.isfinite(data["teacher"]).any() else (0.0,)
+        for name, reads in tqdm(FORMS.items(), desc="Fitting probes", unit="form"):
+            rows += [{"template": template, "reads": name, **row} for row in score(data, reads, shares)]
         report = {
             **describe_run(),
             "task": task.name,
