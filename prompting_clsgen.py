@@ -14,6 +14,11 @@ _SYSTEM, _USER, _ASSISTANT = "\ue000clsgen-s\ue001", "\ue000clsgen-u\ue001", "\u
 _PLAIN_SKELETON = f"{_SYSTEM}\n\n{_USER}\n\nAnswer:"
 
 
+def fill_template(template: str, values: dict[str, str]) -> str:
+    """`template` with each `{field}` replaced by its value; what a value holds is never looked at again."""
+    return _FIELD.sub(lambda match: values[match.group(1)], template)
+
+
 @dataclass(frozen=True)
 class TaskPrompt:
     """The words around a text: what is asked, of which fields, and how a verdict is put.
@@ -238,7 +243,7 @@ class PromptEncoder:
 
     def encode_values(self, template: str, values: dict[str, str]) -> list[int]:
         """Ids of the prompt with these values, however many they are."""
-        body = _FIELD.sub(lambda match: values[match.group(1)], template)
+        body = fill_template(template, values)
         return self._prefix_ids + self.encode_plain(f"{body}\n\n{self.prompt.question}") + self._suffix_ids
 
     def encode_verdict(self, label: int) -> list[int]:
