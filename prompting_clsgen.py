@@ -159,7 +159,7 @@ class PromptEncoder:
         self._control_ids = set(control.values())
         names = sorted(control, key=len, reverse=True)
         self._control_names = re.compile("|".join(map(re.escape, names))) if names else None
-        self._prefix_ids, self._suffix_ids, self.end_of_turn_id = self._encode_skeleton()
+        self.prefix_ids, self.suffix_ids, self.end_of_turn_id = self._encode_skeleton()
 
     def _render(self, messages: list[dict[str, str]], **kwargs) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **kwargs)
@@ -244,7 +244,7 @@ class PromptEncoder:
     def encode_values(self, template: str, values: dict[str, str]) -> list[int]:
         """Ids of the prompt with these values, however many they are."""
         body = fill_template(template, values)
-        return self._prefix_ids + self.encode_plain(f"{body}\n\n{self.prompt.question}") + self._suffix_ids
+        return self.prefix_ids + self.encode_plain(f"{body}\n\n{self.prompt.question}") + self.suffix_ids
 
     def encode_verdict(self, label: int) -> list[int]:
         """Ids of the verdict line of `label` (0 or 1)."""

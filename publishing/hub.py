@@ -133,7 +133,11 @@ class Publisher:
         if info is None:
             sdk = "gradio" if repository.repo_type == "space" else None
             self.api.create_repo(**where, private=True, exist_ok=True, space_sdk=sdk)
-            self.api.create_branch(**where, branch=FIRST_BRANCH)
+            try:
+                self.api.create_branch(**where, branch=FIRST_BRANCH)
+            except BaseException:
+                self.api.delete_repo(**where, missing_ok=True)  # empty, and without the branch nobody knew whose it is
+                raise
         branches = {ref.name for ref in self.api.list_repo_refs(**where).branches}
         if self.branch not in branches:
             self.api.create_branch(**where, branch=self.branch)
@@ -238,7 +242,7 @@ def _explained(what: str) -> Iterator[None]:
     except PublicationError:
         raise
     except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = _status(error)
         reason = " ".join(str(error).split())
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
             again = "Mend that, then run the same command again."
@@ -251,3 +255,13 @@ def _explained(what: str) -> Iterator[None]:
         elif status == 413:
             again = "That file is larger than the Hub takes: save the checkpoint with a lower `max_shard_size`."
         raise PublicationError(f"{what}: {reason or type(error).__name__}. {again}") from error
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, which the client wraps in others while it uploads."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return response.status_code
+        error = error.__cause__ or error.__context__
+    return None

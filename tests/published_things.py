@@ -38,8 +38,8 @@ def tiny_task(folder: Path, **spec) -> Path:
         (folder / files[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     entries = "".join(f"  - split: {name}\n    path: {file}\n" for name, file in files.items())
     (folder / "README.md").write_text(
-        f"---\nlicense: mit\nlanguage: en\npretty_name: Tiny\nconfigs:\n- config_name: default\n  data_files:\n{entries}"
-        "---\n\n# Tiny\n\nMade for a test.\n"
+        "---\nlicense: mit\nlanguage: en\npretty_name: Tiny\nconfigs:\n- config_name: default\n  data_files:\n"
+        f"{entries}---\n\n# Tiny\n\nMade for a test.\n"
     )
     return folder
 

@@ -15,7 +15,8 @@ from datasets import load_dataset
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
-model_id, revision, data_id, space_id, texts = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], json.loads(sys.argv[5])
+model_id, revision, data_id, space_id = sys.argv[1:5]
+texts = json.loads(sys.argv[5])
 for refused in (AutoConfig, AutoModel):
     try:
         refused.from_pretrained(model_id, revision=revision, trust_remote_code=False)
