@@ -40,6 +40,8 @@ def write_checkpoint(
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    if Path(model.config.text_config.name_or_path).is_dir():
+        model.config.text_config.name_or_path = ""  # where the backbone lies on this machine is nobody else's business
     try:
         model.save_pretrained(temporary)
         model.tokenizer.save_pretrained(temporary)

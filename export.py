@@ -137,9 +137,9 @@ def description(model: ClsGenForCausalLMAndClassification) -> dict[str, Any]:
         ],
         "num_hidden_layers": config.text_config.num_hidden_layers,
         "cls_logit": (
-            "bias + sum over cls_reads of weight[i] @ feature[i]; layer counts as in transformers' `hidden_states` (0: "
-            "embeddings, num_hidden_layers: final, normalised); `decision`: the last token of the prompt, `mean`: the "
-            "mean over its tokens"
+            "bias + sum over cls_reads of weight[i] @ feature[i]; layers count as in transformers' `hidden_states` "
+            "(0: embeddings, num_hidden_layers: final, normalised); `decision`: the last token of the prompt, "
+            "`mean`: the mean over its tokens"
         ),
         "probability": FORMULA,
         "pos_weight": config.pos_weight,

@@ -110,7 +110,7 @@ def model_repository(
     for name in ("config.json", "metrics.json"):
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} is no checkpoint of train_sft_cls.py: it has no {name}.")
-    files = _files_below(checkpoint)
+    files = {**_files_below(checkpoint), "config.json": _config_without_local_path(checkpoint / "config.json")}
     if adapter is not None:
         weights = {path.name for pattern in WEIGHT_FILES for path in checkpoint.glob(pattern)}
         files = {path: content for path, content in files.items() if path not in weights}
@@ -128,6 +128,15 @@ def model_repository(
         )
 
     return Repository(repo_id, "model", _with_checksums(files), card)
+
+
+def _config_without_local_path(path: Path) -> Content:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text_config = config.get("text_config", {})
+    if not Path(text_config.get("_name_or_path") or "").is_absolute():
+        return path
+    text_config["_name_or_path"] = ""
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _adapter_files(folder: Path, report: dict[str, Any]) -> dict[str, Content]:

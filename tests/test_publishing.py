@@ -265,6 +265,16 @@ def test_what_cannot_be_published_is_said_before_any_work(checkpoint, task, spac
     assert not (tmp_path / "out").exists()
 
 
+def test_no_path_of_this_machine_is_published(checkpoint, tmp_path):
+    assert str(tmp_path.parent) not in (checkpoint / "config.json").read_text()
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["_name_or_path"] = "/home/somebody/backbone"  # as older checkpoints have it
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    published = json.loads(model_repository(checkpoint, "alice/tiny").files["config.json"])
+    assert published["text_config"]["_name_or_path"] == ""
+    assert published["cls_reads"] == config["cls_reads"]
+
+
 def test_strange_and_oversized_files_are_refused(checkpoint, task, space, tmp_path):
     asked = arguments(checkpoint, task, space, dry_run=str(tmp_path / "out"))
     (checkpoint / "optimizer.pt").write_bytes(b"pickle")
