@@ -25,6 +25,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -45,7 +46,8 @@ from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.publishing.cards import CARD_METRICS
 from clsgen.publishing.examples import write_examples
 from clsgen.publishing.footprint import available_cores, estimate_footprint
-from clsgen.push_to_hub import PublishArguments, check_publication, publish
+from clsgen.publishing.hub import identity
+from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
 from clsgen.tasks import Task, class_counts, load_task
 from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer, last_complete_checkpoint, resolve_pos_weight
 from clsgen.training_rows import encode_rows
@@ -98,6 +100,9 @@ class TaskArguments:
     )
     num_examples: int = field(
         default=3, metadata={"help": "Predictions with explanations to show at the end, and to keep for the card."}
+    )
+    model_license: str | None = field(
+        default=None, metadata={"help": "With `--push_to_hub`: the Hub's id of it; by default the base model's."}
     )
     results_dir: str | None = field(default=None, metadata={"help": "A further folder for metrics and predictions."})
 
@@ -395,8 +400,11 @@ def publication(task: Task, arguments: TaskArguments, training: ClsGenSFTConfig,
         private=bool(training.hub_private_repo),
         revision=training.hub_revision or "main",
         num_examples=arguments.num_examples,
+        license=arguments.model_license,
     )
     check_publication(asked, report)
+    license_of(report, asked)
+    identity(HfApi(token=training.hub_token))
     return asked
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx2  # the Hub client's HTTP library, whose connection errors it lets through
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -67,8 +68,7 @@ class Publisher:
         """
         for repository in repositories:
             check_repository(repository)
-        with _explained("The Hub doesn't say who you are"):
-            me = self.api.whoami()
+        me = identity(self.api)
         namespaces = {me["name"], *(org["name"] for org in me.get("orgs", []))}
         for repository in repositories:
             namespace = repository.repo_id.partition("/")[0]
@@ -217,6 +217,12 @@ class Publisher:
             for repository in repositories:
                 self.api.add_collection_item(slug, repository.repo_id, repository.repo_type, exists_ok=True)
         return f"{self.api.endpoint}/collections/{slug}"
+
+
+def identity(api: HfApi) -> dict[str, Any]:
+    """Whose token it is, as `whoami` tells; raises [`PublicationError`] where it is nobody's."""
+    with _explained("The Hub doesn't say who you are"):
+        return api.whoami()
 
 
 def check_repository(repository: Repository) -> None:

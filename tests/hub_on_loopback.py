@@ -94,9 +94,11 @@ class LoopbackHub:
 
     def run(self, script: str, home: str, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess:
         """A script in a fresh process, in an empty folder, with a home of its own."""
-        elsewhere = self.folder / f"elsewhere-{home}"
+        elsewhere, user = self.folder / f"elsewhere-{home}", self.folder / f"{home}-user"
         elsewhere.mkdir(exist_ok=True)
+        user.mkdir(exist_ok=True)
         return subprocess.run(
             [sys.executable, "-c", script, *arguments],
-            cwd=elsewhere, env=self.environment(home, token), capture_output=True, text=True, check=False, timeout=300,
+            cwd=elsewhere, env={**self.environment(home, token), "HOME": str(user)},
+            capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip

@@ -46,7 +46,7 @@ print(json.dumps({
     "rows": {split: len(each) for split, each in rows.items()},
     "app": started.stdout,
     "code_revisions": sorted(modules),
-    "left_behind": sorted(map(str, Path.cwd().rglob("*"))),
+    "left_behind": sorted(map(str, [*Path.cwd().rglob("*"), *Path(os.environ["HOME"]).rglob("*")])),
     "foreign": [name for name in sys.modules if name.split(".")[0] == "clsgen"],
 }))
 """
@@ -62,7 +62,6 @@ for repo_type, repo in (("model", sys.argv[1]), ("dataset", sys.argv[2])):
         exec(compile(block, repo, "exec"), {"__name__": "block"})
 print("ran all")
 """
-PARTS = ("models", "datasets", "spaces")
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def texts():
     return [{"findings": "aaaa 1", "claim": "Drug 1."}, {"findings": "zzzz 2 <|im_end|>", "claim": "Drug 2."}]
 
 
-@pytest.fixture(params=["xet", "lfs"])
+@pytest.fixture(params=["xet", pytest.param("lfs", marks=pytest.mark.slow)])
 def hub(request, tmp_path):
     hub = LoopbackHub(tmp_path, xet=request.param == "xet")
     yield hub
@@ -104,7 +103,7 @@ def test_push_then_use_from_nowhere(hub, model, texts, tmp_path):
     assert found["left_behind"] == found["foreign"] == []
 
     commits = {part: [c.title for c in api.list_repo_commits(**where)] for part, where in _everything().items()}
-    assert commits == dict.fromkeys(PARTS, ["Publish with CLSGen", "initial commit"])
+    assert all(titles == ["Publish with CLSGen", "initial commit"] for titles in commits.values())
     for where in _everything().values():
         assert not api.repo_info(**where).private
         assert [branch.name for branch in api.list_repo_refs(**where).branches] == ["main"]

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,8 +15,11 @@ from huggingface_hub import HfApi, ModelCard, constants
 from published_things import tiny_checkpoint, tiny_space, tiny_task
 from safetensors.torch import load_file, save_file
 
+from clsgen.export import stock_form_problem
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.publishing.hub import PublicationError
 from clsgen.push_to_hub import PublishArguments, publish
+from clsgen.train_sft_cls import main as train
 
 WHERE = {
     "dataset": {"repo_id": "alice/tiny-task", "repo_type": "dataset"},
@@ -28,7 +32,10 @@ WHERE = {
 def hub(tmp_path, monkeypatch):
     """A Hub that this process' client talks to, by LFS; a cache of its own."""
     hub = LoopbackHub(tmp_path, xet=False)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # what HF_ENDPOINT sets where it is there from the start
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     yield hub
@@ -248,6 +255,40 @@ def test_pull_requests(hub, asked):
     card = str(ModelCard.load(api.hf_hub_download("alice/tiny", "README.md", revision="refs/pr/1")))
     (revision,) = set(re.findall(r'revision="([0-9a-f]{40})"', card))
     assert "model.safetensors" in api.list_repo_files("alice/tiny", revision=revision)
+
+
+def test_training_publishes_the_finished_checkpoint(hub, made, backbones, tmp_path):
+    command = [
+        "--task", str(made / "tiny_task"), "--model_name_or_path", backbones["llama"], "--output_dir",
+        str(tmp_path / "out"), "--max_length", "300", "--max_explanation_length", "40", "--max_steps", "2",
+        "--save_strategy", "no", "--lora_first_layer", "0", "--lora_r", "2", "--num_examples", "1",
+        "--cls_reads=-1:decision", "--cls_bias", "false", "--push_to_hub", "true", "--hub_token", TOKEN,
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="--hub_model_id"):
+        train(command)
+    command += ["--hub_model_id", "alice/tiny"]
+    with pytest.raises(PublicationError, match="state the model's with --license"):
+        train(command)
+    assert not (tmp_path / "out" / "model").exists()
+    train([*command, "--model_license", "mit"])
+    files = seen_by_all(hub)["model"]
+    assert {
+        "README.md",
+        "model.safetensors",
+        "metrics.json",
+        "recipe.yaml",
+        "examples.json",
+        "calibration.png",
+    } <= files
+    api = hub.api()
+    assert [commit.title for commit in api.list_repo_commits("alice/tiny")] == [
+        "Publish with CLSGen",
+        "initial commit",
+    ]
+    for name in ("metrics.json", "recipe.yaml", "README.md", "config.json"):
+        text = Path(api.hf_hub_download("alice/tiny", name)).read_text()
+        assert TOKEN not in text
+    assert stock_form_problem(ClsGenForCausalLMAndClassification.from_pretrained(tmp_path / "out" / "model")) is None
 
 
 def test_somebody_else_commits_meanwhile(hub, asked):
