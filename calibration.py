@@ -16,7 +16,7 @@ THRESHOLD_METHODS = ("f1", "youden", "fixed")
 logger = logging.getLogger(__name__)
 
 
-def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike) -> tuple[float, float]:
+def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike, fit_bias: bool = True) -> tuple[float, float]:
     """Fits `probability = sigmoid(logit / temperature + bias)` to labels, by maximum likelihood.
 
     This is Platt scaling (Platt, 1999, "Probabilistic Outputs for Support Vector Machines") with the slope written as
@@ -32,6 +32,7 @@ def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike) -> tuple[floa
     Args:
         logits: Shape `(rows,)`, finite; with the shift by `log(pos_weight)` already undone.
         labels: Shape `(rows,)`, each 0 or 1, with both present.
+        fit_bias (`bool`, *optional*, defaults to `True`): Whether to fit the bias; else it is 0.
 
     Returns:
         `tuple[float, float]`: temperature (above 0) and bias.
@@ -47,8 +48,10 @@ def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike) -> tuple[floa
     targets = torch.as_tensor(_smoothed_targets(labels))  # (rows,)
     center, scale = logits.mean(), logits.std(correction=0)
     if scale <= 1e-12 * (1 + center.abs()):
-        return 1.0, float(torch.logit(targets.mean()) - center)
-    standard_temperature, standard_bias = _minimise_nll((logits - center) / scale, targets)
+        return 1.0, float(torch.logit(targets.mean()) - center) if fit_bias else 0.0
+    if not fit_bias:
+        center = torch.zeros(())
+    standard_temperature, standard_bias = _minimise_nll((logits - center) / scale, targets, fit_bias)
     if standard_temperature >= MAX_STANDARD_TEMPERATURE:
         logger.warning("The logits don't rank the labels: the calibrated probability is nearly the same for all rows.")
     temperature = standard_temperature * float(scale)
@@ -172,12 +175,12 @@ def _smoothed_targets(labels: np.ndarray) -> np.ndarray:
     return np.where(labels == 1, (positive + 1) / (positive + 2), 1 / (len(labels) - positive + 2))
 
 
-def _minimise_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+def _minimise_nll(logits: torch.Tensor, targets: torch.Tensor, fit_bias: bool) -> tuple[float, float]:
     """Temperature and bias of least mean negative log-likelihood, for standardised logits of shape `(rows,)`."""
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=fit_bias)
     optimizer = torch.optim.LBFGS(
-        [log_temperature, bias],
+        [log_temperature, bias] if fit_bias else [log_temperature],
         max_iter=500,
         tolerance_grad=1e-10,
         tolerance_change=1e-14,

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+FORMAT_VERSION = 1  # raised when older code would read a newer checkpoint wrongly; one fixture each in tests/fixtures
 POOLINGS = ("decision", "mean")
 AUTO_MAP = {
     "AutoConfig": "configuration_clsgen.ClsGenConfig",
@@ -35,6 +36,9 @@ class ClsGenConfig(PreTrainedConfig):
             (the decision token) or `"mean"` (mean over the prompt, up to and with the decision token).
         cls_dropout (`float`, *optional*, defaults to 0.0):
             Dropout on the head's features while training.
+        cls_bias (`bool`, *optional*, defaults to `True`):
+            Whether the head has a constant term. Stock classification heads have none: without it, a head that reads
+            `[(-1, "decision")]` exports to them with the same probabilities.
         lm_weight, cls_weight (`float`, *optional*, defaults to 1.0):
             Weights of the two losses in `loss`.
         pos_weight (`float`, *optional*, defaults to 1.0):
@@ -58,6 +62,9 @@ class ClsGenConfig(PreTrainedConfig):
         explanation_no_repeat_ngram_size (`int`, *optional*, defaults to 0):
             Longest run of tokens that an explanation may say twice, plus one; 0 for no limit. Unlike `generate`'s
             `no_repeat_ngram_size` it leaves the prompt alone, whose numbers an explanation has to repeat.
+        clsgen_version (`int`, *optional*):
+            Version of the checkpoint format; a file without one has version 1. Newer ones than this code knows are
+            refused, older ones are read and saved again in the current format.
     """
 
     model_type = "clsgen"
@@ -69,6 +76,7 @@ class ClsGenConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         cls_reads: list[tuple[int, str]] | None = None,
         cls_dropout: float = 0.0,
+        cls_bias: bool = True,
         lm_weight: float = 1.0,
         cls_weight: float = 1.0,
         pos_weight: float = 1.0,
@@ -80,8 +88,16 @@ class ClsGenConfig(PreTrainedConfig):
         max_prompt_length: int = 864,
         explanation_mode: str = "guided",
         explanation_no_repeat_ngram_size: int = 0,
+        clsgen_version: int = FORMAT_VERSION,
         **kwargs,
     ):
+        if clsgen_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has the CLSGen format version {clsgen_version}; this code reads versions up to "
+                f"{FORMAT_VERSION}. Load it with the code that it was published with (`trust_remote_code=True`, and "
+                "`code_revision` equal to `revision` or left out), or update your copy of CLSGen."
+            )
+        self.clsgen_version = FORMAT_VERSION
         if text_config is None:
             text_config = AutoConfig.for_model("llama")
         elif isinstance(text_config, dict):
@@ -89,6 +105,7 @@ class ClsGenConfig(PreTrainedConfig):
         self.text_config = text_config
         self.cls_reads = [[layer, pooling] for layer, pooling in (cls_reads or [(-1, "decision")])]
         self.cls_dropout = cls_dropout
+        self.cls_bias = cls_bias
         self.lm_weight = lm_weight
         self.cls_weight = cls_weight
         self.pos_weight = pos_weight
@@ -107,6 +124,10 @@ class ClsGenConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.label2id = {name: label_id for label_id, name in self.id2label.items()}
         self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        return super().from_dict({"clsgen_version": 1, **config_dict}, **kwargs)
 
     def _check(self) -> None:
         layers = self.text_config.num_hidden_layers

@@ -152,15 +152,17 @@ class ClassificationHead(nn.Linear):
     Args:
         hidden_size (`int`): Of each hidden state.
         num_reads (`int`): How many of them there are.
+        bias (`bool`, *optional*, defaults to `True`): Whether there is a constant term.
     """
 
-    def __init__(self, hidden_size: int, num_reads: int, device: torch.device | None = None):
-        super().__init__(num_reads * hidden_size, 1, device=device, dtype=torch.float32)
+    def __init__(self, hidden_size: int, num_reads: int, device: torch.device | None = None, bias: bool = True):
+        super().__init__(num_reads * hidden_size, 1, bias=bias, device=device, dtype=torch.float32)
 
     def reset_parameters(self) -> None:
         """Zero: an untrained head says 0.5."""
         nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(
         self,
@@ -185,7 +187,7 @@ class ClassificationHead(nn.Linear):
             `(batch_size, sequence_length)`), and `cls_past_scores` of [`ClsGenOutput`].
         """
         weights = self.weight.float()[0].chunk(len(hidden_states))
-        logits, to_average = self.bias.float(), None
+        logits, to_average = 0.0 if self.bias is None else self.bias.float(), None
         for hidden, weight, pooling in zip(hidden_states, weights, poolings, strict=True):
             scores = self._scores(hidden, weight, dropout)
             if pooling == "decision":
@@ -232,7 +234,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
     def __init__(self, config: ClsGenConfig, lm: PreTrainedModel | None = None):
         super().__init__(config)
         self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
-        self.cls_head = ClassificationHead(config.text_config.hidden_size, len(config.cls_reads))
+        self.cls_head = ClassificationHead(config.text_config.hidden_size, len(config.cls_reads), bias=config.cls_bias)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -293,7 +295,8 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         self.config.cls_reads = [list(read) for read in cls_reads]
         self.config._check()
         device = self.get_output_embeddings().weight.device
-        self.cls_head = ClassificationHead(self.config.text_config.hidden_size, len(cls_reads), device)
+        hidden_size = self.config.text_config.hidden_size
+        self.cls_head = ClassificationHead(hidden_size, len(cls_reads), device, self.config.cls_bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.get_input_embeddings()

@@ -14,6 +14,11 @@ _SYSTEM, _USER, _ASSISTANT = "\ue000clsgen-s\ue001", "\ue000clsgen-u\ue001", "\u
 _PLAIN_SKELETON = f"{_SYSTEM}\n\n{_USER}\n\nAnswer:"
 
 
+def fill_template(template: str, values: dict[str, str]) -> str:
+    """`template` with each `{field}` replaced by its value; what a value holds is never looked at again."""
+    return _FIELD.sub(lambda match: values[match.group(1)], template)
+
+
 @dataclass(frozen=True)
 class TaskPrompt:
     """The words around a text: what is asked, of which fields, and how a verdict is put.
@@ -154,7 +159,7 @@ class PromptEncoder:
         self._control_ids = set(control.values())
         names = sorted(control, key=len, reverse=True)
         self._control_names = re.compile("|".join(map(re.escape, names))) if names else None
-        self._prefix_ids, self._suffix_ids, self.end_of_turn_id = self._encode_skeleton()
+        self.prefix_ids, self.suffix_ids, self.end_of_turn_id = self._encode_skeleton()
 
     def _render(self, messages: list[dict[str, str]], **kwargs) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **kwargs)
@@ -238,8 +243,8 @@ class PromptEncoder:
 
     def encode_values(self, template: str, values: dict[str, str]) -> list[int]:
         """Ids of the prompt with these values, however many they are."""
-        body = _FIELD.sub(lambda match: values[match.group(1)], template)
-        return self._prefix_ids + self.encode_plain(f"{body}\n\n{self.prompt.question}") + self._suffix_ids
+        body = fill_template(template, values)
+        return self.prefix_ids + self.encode_plain(f"{body}\n\n{self.prompt.question}") + self.suffix_ids
 
     def encode_verdict(self, label: int) -> list[int]:
         """Ids of the verdict line of `label` (0 or 1)."""

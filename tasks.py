@@ -114,6 +114,19 @@ def load_task(
     )
 
 
+def find_task(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A task's folder and its checked `task.yaml`, without its data; raises as [`load_task`] does."""
+    folder = _find_folder(name_or_path)
+    return folder, _read_spec(folder / "task.yaml")
+
+
+def raw_splits(folder: Path, spec: dict[str, Any]) -> DatasetDict:
+    """A task's splits with all their columns, as they stand in its data files."""
+    return DatasetDict(
+        {source.split: Dataset.from_list([row for _, row in source.rows]) for source in _load_raw(folder, spec)}
+    )
+
+
 def class_counts(dataset: Dataset) -> dict[str, int]:
     """Counts of a normalised split: `rows`, `positive`, `negative`, `unlabelled` and `explained`."""
     labels = Counter(dataset["label"])

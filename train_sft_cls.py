@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shlex
 import subprocess
@@ -24,12 +25,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import LoraConfig
-from transformers import AutoModel, EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
-from clsgen.backbones import resolve_backbone
+from clsgen.backbones import DEQUANTIZED_SOURCE, dequantized_folder, resolve_backbone
 from clsgen.calibration import (
     calibrated_probabilities,
     choose_threshold,
@@ -37,11 +39,16 @@ from clsgen.calibration import (
     conformal_quantiles,
     fit_temperature_and_bias,
 )
-from clsgen.checkpoint_folder import CARD_METRICS, write_checkpoint
+from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.classification_metrics import classification_metrics
 from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.frozen_layers import FrozenLayers
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
+from clsgen.publishing.cards import CARD_METRICS
+from clsgen.publishing.examples import write_examples
+from clsgen.publishing.footprint import available_cores, estimate_footprint
+from clsgen.publishing.hub import identity
+from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
 from clsgen.tasks import Task, class_counts, load_task
 from clsgen.trainer_clsgen import (
     ClsGenSFTConfig,
@@ -56,6 +63,7 @@ from clsgen.warm_start import Probe, warm_start
 logger = logging.getLogger("clsgen.train_sft_cls")
 ROOT = Path(__file__).resolve().parent
 DEFAULT_RECIPE = ROOT / "recipes" / "trial_claims.yaml"
+TOKEN = re.compile(r"\bhf_\w{8,}")  # of the Hub; must not reach a file that may be published
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
 
 
@@ -75,6 +83,10 @@ class TaskArguments:
         metadata={"help": "What the head reads, e.g. `14:mean 18:decision`; by default or with `auto`, the form "
                           "that cross-validates best on the training rows (without the warm start, `-1:decision`)."},
     )  # fmt: skip
+    cls_bias: bool = field(
+        default=True, metadata={"help": "Whether head and calibration have a constant term. Without it, and with "
+                                        "`--cls_reads -1:decision`, export.py gives a stock classifier."}
+    )  # fmt: skip
     threshold_method: str = field(
         default="f1", metadata={"help": "How to choose the threshold on the validation split.",
                                 "choices": ["f1", "youden", "fixed"]}
@@ -93,7 +105,12 @@ class TaskArguments:
     save_adapter: bool = field(
         default=False, metadata={"help": "Save the LoRA adapter too, beside the checkpoint that it is merged into."}
     )
-    num_examples: int = field(default=3, metadata={"help": "Predictions with explanations to show at the end."})
+    num_examples: int = field(
+        default=3, metadata={"help": "Predictions with explanations to show at the end, and to keep for the card."}
+    )
+    model_license: str | None = field(
+        default=None, metadata={"help": "With `--push_to_hub`: the Hub's id of it; by default the base model's."}
+    )
     results_dir: str | None = field(default=None, metadata={"help": "A further folder for metrics and predictions."})
 
 
@@ -163,6 +180,7 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
         config_kwargs={
             "max_prompt_length": training.max_length - training.max_explanation_length,
             "cls_reads": parse_reads(arguments.cls_reads),
+            "cls_bias": arguments.cls_bias,
             "explanation_no_repeat_ngram_size": arguments.explanation_no_repeat_ngram_size,
         },
         dtype=model_arguments.dtype or "float32",
@@ -207,7 +225,7 @@ def calibrate(trainer: ClsGenSFTTrainer, config: ClsGenConfig, arguments: TaskAr
         raise ValueError(
             f"The validation split holds one class only ({set(labels.tolist())}): nothing to calibrate on."
         )
-    temperature, bias = fit_temperature_and_bias(logits, labels)
+    temperature, bias = fit_temperature_and_bias(logits, labels, fit_bias=config.cls_bias)
     probabilities = calibrated_probabilities(logits, temperature, bias)
     config.calibration = {"temperature": temperature, "bias": bias}
     config.base_rate = float(labels.mean())
@@ -241,7 +259,7 @@ def describe_run(argv: list[str]) -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "command": shlex.join(["python", "train_sft_cls.py", *argv]),
+        "command": TOKEN.sub("hf_...", shlex.join(["python", "train_sft_cls.py", *argv])),
         "commit": commit or None,
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
     }
@@ -259,17 +277,14 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show_examples(folder: Path, task: Task, most: int) -> None:
-    """Loads the checkpoint as a user would, and prints predictions of the first test rows."""
-    rows = task.splits.get("test", task.splits["train"])
-    rows = rows.select(range(min(most, len(rows))))
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    texts = [{name: row[name] for name in task.fields} for row in rows]
-    for row, prediction in zip(rows, model.classify_and_explain(texts), strict=True):
-        print(f"\n[{row['id']}] " + " | ".join(f"{name}: {row[name]}" for name in task.fields))
-        print(f"  {prediction}")
-        gold = "none" if row["label"] is None else task.labels[int(row["label"])]
-        print(f"  gold label: {gold}; the LM alone: {prediction.lm_probability}")
+def show_examples(examples: list[dict[str, Any]]) -> None:
+    """Prints predictions that [`write_examples`] made."""
+    for example in examples:
+        prediction = example["prediction"]
+        print(f"\n[{example['id']}] " + " | ".join(f"{name}: {text}" for name, text in example["text"].items()))
+        print(f"  {prediction['label']} (probability {prediction['probability']:.3f}, ", end="")
+        print(f"threshold {prediction['threshold']:.3f}): {prediction['explanation']}")
+        print(f"  gold label: {example['gold'] or 'none'}; the LM alone: {prediction['lm_probability']}")
 
 
 def prepare_output_dir(training: ClsGenSFTConfig, task: Task) -> Path:
@@ -331,7 +346,12 @@ def train(
 
 
 def finish(
-    trainer: ClsGenSFTTrainer, probe: Probe | None, task: Task, arguments: TaskArguments, report: dict[str, Any]
+    trainer: ClsGenSFTTrainer,
+    probe: Probe | None,
+    task: Task,
+    arguments: TaskArguments,
+    report: dict[str, Any],
+    recipe: str,
 ) -> Path:
     """Calibrates, tests, writes the checkpoint and the result files, and shows them."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -359,6 +379,10 @@ def finish(
         wall_seconds=round(time.time() - report.pop("started"), 1),
         peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     )
+    gpus = training.world_size * training.n_gpu
+    report["footprint"] = estimate_footprint(
+        report["wall_seconds"], report["peak_memory_gib"], available_cores(), gpus
+    )
     output_dir = Path(training.output_dir)
     if not trainer.is_world_process_zero():
         return output_dir / "model"
@@ -366,20 +390,52 @@ def finish(
         if arguments.save_adapter:
             model.save_pretrained(output_dir / "adapter")
         base = model.merge_and_unload()
-    folder = write_checkpoint(base, output_dir / "model", report)
+    folder = write_checkpoint(base, output_dir / "model", report, predictions, recipe)
     for results in filter(None, (output_dir, arguments.results_dir)):
         write_json(Path(results) / "metrics.json", report)
         write_json(Path(results) / "test_predictions.json", predictions)
     return folder
 
 
+def publication(task: Task, arguments: TaskArguments, training: ClsGenSFTConfig, report: dict[str, Any]):
+    """What `--push_to_hub` asks for, checked before training; `None` without it.
+
+    The trainer's own pushing is switched off: it would publish every checkpoint, as it stands, with a card of its own.
+    """
+    if not training.push_to_hub:
+        return None
+    training.push_to_hub = False
+    if not training.hub_model_id:
+        raise ValueError("`--push_to_hub` needs the name of the repository: --hub_model_id NAMESPACE/NAME.")
+    asked = PublishArguments(
+        model=str(Path(training.output_dir) / "model"),
+        repo_id=training.hub_model_id,
+        task=arguments.task,
+        parts=["model"],
+        private=bool(training.hub_private_repo),
+        revision=training.hub_revision or "main",
+        num_examples=arguments.num_examples,
+        license=arguments.model_license,
+    )
+    check_publication(asked, report)
+    license_of(report, asked)
+    identity(HfApi(token=training.hub_token))
+    return asked
+
+
+def read_recipe(path: str) -> str:
+    """The recipe's text, for the checkpoint; tokens are no part of it."""
+    return TOKEN.sub("hf_...", Path(path).read_text(encoding="utf-8"))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; see the module's docstring."""
     argv = sys.argv[1:] if argv is None else argv
     started = time.time()
-    recipe = [] if "--config" in argv else ["--config", str(DEFAULT_RECIPE)]
+    recipe = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else str(DEFAULT_RECIPE)
     parser = TrlParser((TaskArguments, ClsGenSFTConfig, ModelArguments))
-    arguments, training, model_arguments = parser.parse_args_and_config([*recipe, *argv])
+    default = [] if "--config" in argv else ["--config", recipe]
+    arguments, training, model_arguments = parser.parse_args_and_config([*default, *argv])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -388,6 +444,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = prepare_output_dir(training, task)
     report = {
         "task": task.name,
+        "credentialed": task.credentialed,
         "base_model": model_arguments.model_name_or_path,
         "seed": training.seed,
         "train_rows": class_counts(task.splits["train"]),
@@ -395,19 +452,26 @@ def main(argv: list[str] | None = None) -> None:
         **describe_run(argv),
         "started": started,
     }
+    asked = publication(task, arguments, training, report)
     trainer, probe = train(task, arguments, training, model_arguments)
-    folder = finish(trainer, probe, task, arguments, report)
+    if trainer.model.config.name_or_path == str(dequantized_folder()):
+        report["base_model_source"] = DEQUANTIZED_SOURCE
+    folder = finish(trainer, probe, task, arguments, report, read_recipe(recipe))
     if not trainer.is_world_process_zero():
         return
     print(f"\n{table(report)}")
     print(
         f"\n{report['wall_seconds']:.0f} s, peak memory {report['peak_memory_gib']:.1f} GiB; all of it in {output_dir}"
     )
-    show_examples(folder, task, arguments.num_examples)
+    if arguments.num_examples:
+        show_examples(write_examples(folder, task, arguments.num_examples))
     field_names = json.dumps(dict.fromkeys(task.fields, "..."))
     print("\nUse it from anywhere:\n  from transformers import AutoModel")
     print(f'  model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)')
     print(f"  print(model.classify_and_explain({field_names}))")
+    if asked is not None:
+        for each in publish(asked, training.hub_token):
+            print(f"Published: {each.url} at {each.commit}")
 
 
 if __name__ == "__main__":

@@ -94,11 +94,12 @@ def extract_features(
 
 
 def _cross_validate(
-    features: np.ndarray, labels: np.ndarray, reads: tuple[Read, ...], folds: StratifiedKFold
+    features: np.ndarray, labels: np.ndarray, reads: tuple[Read, ...], folds: StratifiedKFold, bias: bool
 ) -> Probe:
     best = None
     for inverse_penalty in INVERSE_PENALTIES:
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=1000))
+        regression = LogisticRegression(C=inverse_penalty, max_iter=1000, fit_intercept=bias)
+        probe = make_pipeline(StandardScaler(with_mean=bias), regression)
         probabilities = cross_val_predict(probe, features, labels, cv=folds, method="predict_proba")[:, 1]
         found = Probe(reads, inverse_penalty, log_loss(labels, probabilities), roc_auc_score(labels, probabilities))
         if best is None or found.log_loss < best.log_loss:
@@ -107,11 +108,16 @@ def _cross_validate(
 
 
 def choose_probe(
-    features: dict[Read, np.ndarray], labels: np.ndarray, candidates: list[tuple[Read, ...]], seed: int = 0
+    features: dict[Read, np.ndarray],
+    labels: np.ndarray,
+    candidates: list[tuple[Read, ...]],
+    seed: int = 0,
+    bias: bool = True,
 ) -> Probe:
     """The head form and penalty of the lowest 5-fold cross-validated log loss.
 
-    Pairs are tried only of the layers that rank among the best three alone.
+    Pairs are tried only of the layers that rank among the best three alone. Without `bias`, probes have no constant
+    term.
 
     Raises:
         ValueError: with fewer than two training rows in a class.
@@ -123,7 +129,7 @@ def choose_probe(
 
     def cross_validate(chosen: list[tuple[Read, ...]]) -> list[Probe]:
         columns = (np.concatenate([features[read] for read in reads], axis=1) for reads in chosen)
-        return [_cross_validate(x, labels, reads, folds) for reads, x in zip(chosen, columns, strict=True)]
+        return [_cross_validate(x, labels, reads, folds, bias) for reads, x in zip(chosen, columns, strict=True)]
 
     probes = cross_validate([reads for reads in candidates if len(reads) == 1])
     good = {probe.reads[0] for pooling in POOLINGS for probe in _best(probes, pooling)}
@@ -174,16 +180,19 @@ def warm_start(
     found, labels = extract_features(model, rows, needed, batch_size, frozen_layers)
     features = {(layer, pooling): found[layers[layer], pooling] for layer in layers for pooling in POOLINGS}
     labels = (labels >= 0.5).astype(int)
-    probe = choose_probe(features, labels, candidates, seed)
+    has_bias = model.config.cls_bias
+    probe = choose_probe(features, labels, candidates, seed, has_bias)
     columns = np.concatenate([features[read] for read in probe.reads], axis=1).astype(np.float64)
-    scaler = StandardScaler().fit(columns)
-    regression = LogisticRegression(C=probe.inverse_penalty, max_iter=5000).fit(scaler.transform(columns), labels)
+    scaler = StandardScaler(with_mean=has_bias).fit(columns)
+    regression = LogisticRegression(C=probe.inverse_penalty, max_iter=5000, fit_intercept=has_bias)
+    regression.fit(scaler.transform(columns), labels)
     weight = regression.coef_ / scaler.scale_
-    bias = regression.intercept_ - weight @ scaler.mean_ + math.log(model.config.pos_weight)
     model.set_reads(list(probe.reads))
     with torch.no_grad():
         model.cls_head.weight.copy_(torch.as_tensor(weight))
-        model.cls_head.bias.copy_(torch.as_tensor(bias))
+        if has_bias:
+            bias = regression.intercept_ - weight @ scaler.mean_ + math.log(model.config.pos_weight)
+            model.cls_head.bias.copy_(torch.as_tensor(bias))
     logger.info(
         "Warm start: the head reads %s, C=%g, cross-validated AUROC %.3f, log loss %.4f",
         list(probe.reads), probe.inverse_penalty, probe.auroc, probe.log_loss,

@@ -48,8 +48,7 @@ PROMPT = {
 READS = [(2, "mean"), (3, "decision")]
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def byte_tokenizer():
     """A byte-level tokenizer without merges: 256 bytes, then control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
@@ -59,6 +58,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """See [`byte_tokenizer`]."""
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,59 @@
+"""The picture of a card: how often label 1 came true at each predicted probability."""
+
+import io
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from clsgen.classification_metrics import MIN_ROWS_PER_BIN, check_labels, check_probabilities
+
+MOST_BINS = 10
+
+
+def reliability_bins(labels: ArrayLike, probabilities: ArrayLike) -> list[tuple[float, float, int]]:
+    """Mean probability, share of label 1 and number of rows, of bins with about as many rows each.
+
+    Args:
+        labels: Shape `(rows,)`, each 0 or 1.
+        probabilities: Shape `(rows,)`, the probability of label 1, in [0, 1].
+
+    Returns:
+        `list[tuple[float, float, int]]`: At most 10 bins of 10 rows or more, by rising probability.
+    """
+    labels, probabilities = check_labels(labels, probabilities), check_probabilities(probabilities)
+    count = max(1, min(MOST_BINS, len(labels) // MIN_ROWS_PER_BIN))
+    bins = np.array_split(np.argsort(probabilities, kind="stable"), count)
+    return [(float(probabilities[rows].mean()), float(labels[rows].mean()), len(rows)) for rows in bins]
+
+
+def calibration_plot(labels: ArrayLike, probabilities: ArrayLike, threshold: float) -> bytes:
+    """A PNG: predicted probability against the share of label 1, above a histogram of the predictions.
+
+    Whiskers are 95% Wilson intervals of each share (Wilson, 1927, "Probable Inference, the Law of Succession, and
+    Statistical Inference").
+    """
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    bins = reliability_bins(labels, probabilities)
+    predicted, observed, sizes = (np.array(values) for values in zip(*bins, strict=True))
+    low, high = _wilson_interval(observed, sizes)
+    figure = Figure(figsize=(5, 5.4), dpi=110, layout="constrained")
+    curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    curve.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect")
+    errors = np.stack([observed - low, high - observed]).clip(min=0)
+    curve.errorbar(predicted, observed, yerr=errors, marker="o", capsize=3, color="#1f5fa8", label="test split")
+    curve.set(ylabel="share of label 1", xlim=(0, 1), ylim=(-0.02, 1.02))
+    histogram.hist(np.asarray(probabilities, dtype=float), bins=20, range=(0, 1), color="#1f5fa8")
+    histogram.set(xlabel="predicted probability of label 1", ylabel="rows")
+    for axes in (curve, histogram):
+        axes.axvline(threshold, color="#b5532d", linestyle=":", label=f"threshold {threshold:.3f}")
+    curve.legend(loc="upper left")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()
+
+
+def _wilson_interval(shares: np.ndarray, sizes: np.ndarray, z: float = 1.959964) -> tuple[np.ndarray, np.ndarray]:
+    center = (shares + z**2 / (2 * sizes)) / (1 + z**2 / sizes)
+    half = z / (1 + z**2 / sizes) * np.sqrt(shares * (1 - shares) / sizes + z**2 / (4 * sizes**2))
+    return center - half, center + half

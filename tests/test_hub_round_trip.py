@@ -1,0 +1,131 @@
+"""Published over the Hub's own protocol, then used from nowhere: fresh process, fresh home, empty folder, no token."""
+
+import json
+import re
+
+import pytest
+from hub_on_loopback import LoopbackHub
+from huggingface_hub import ModelCard
+from published_things import tiny_checkpoint, tiny_space, tiny_task
+
+COLLECT = """
+import json, os, re, subprocess, sys
+from pathlib import Path
+from datasets import load_dataset
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+
+model_id, revision, data_id, space_id = sys.argv[1:5]
+texts = json.loads(sys.argv[5])
+for refused in (AutoConfig, AutoModel):
+    try:
+        refused.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
+    else:
+        raise AssertionError("code ran without being trusted")
+model = AutoModel.from_pretrained(model_id, revision=revision, trust_remote_code=True)
+predictions = model.classify_and_explain(texts)
+classifier = pipeline("text-classification", model=model_id, revision=revision, trust_remote_code=True, device=-1)
+answers = classifier(texts)
+decide = pipeline("decision", model=model_id, revision=revision, trust_remote_code=True, device=-1)
+decision = decide({"state": texts[0], "questions": {"q": {"type": "noul"}}})["q"]["noul"]
+rows = load_dataset(data_id)
+space = snapshot_download(space_id, repo_type="space")
+started = subprocess.run([sys.executable, space + "/app.py"], capture_output=True, text=True)
+assert started.returncode == 0, started.stderr
+home = Path(os.environ["HF_HOME"])
+modules = {path.parent.name for path in home.glob("modules/**/modeling_clsgen.py")}
+print(json.dumps({
+    "probabilities": [p.probability for p in predictions],
+    "explanations": [p.explanation for p in predictions],
+    "pipeline": [a["probability"] for a in answers],
+    "decision": decision,
+    "labels": rows["test"].features["label"].names,
+    "columns": rows.column_names["train"],
+    "rows": {split: len(each) for split, each in rows.items()},
+    "app": started.stdout,
+    "code_revisions": sorted(modules),
+    "left_behind": sorted(map(str, [*Path.cwd().rglob("*"), *Path(os.environ["HOME"]).rglob("*")])),
+    "foreign": [name for name in sys.modules if name.split(".")[0] == "clsgen"],
+}))
+"""
+RUN_BLOCKS = """
+import re, sys
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+for repo_type, repo in (("model", sys.argv[1]), ("dataset", sys.argv[2])):
+    card = Path(hf_hub_download(repo, "README.md", repo_type=repo_type)).read_text()
+    blocks = re.findall(r"```python\\n(.*?)```", card, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, repo, "exec"), {"__name__": "block"})
+print("ran all")
+"""
+
+
+@pytest.fixture
+def texts():
+    return [{"findings": "aaaa 1", "claim": "Drug 1."}, {"findings": "zzzz 2 <|im_end|>", "claim": "Drug 2."}]
+
+
+@pytest.fixture(params=["xet", pytest.param("lfs", marks=pytest.mark.slow)])
+def hub(request, tmp_path):
+    hub = LoopbackHub(tmp_path, xet=request.param == "xet")
+    yield hub
+    hub.stop()
+
+
+def test_push_then_use_from_nowhere(hub, model, texts, tmp_path):
+    task, space = tiny_task(tmp_path / "tiny_task"), tiny_space(tmp_path / "space")
+    checkpoint = tiny_checkpoint(model, task, tmp_path / "model")
+    command = [
+        "--model", str(checkpoint), "--repo_id", "alice/tiny", "--task", str(task), "--space_dir", str(space),
+        "--license", "mit",
+    ]  # fmt: skip
+    pushed = hub.push(*command)
+    assert pushed.returncode == 0, pushed.stderr
+    api = hub.api()
+    card = ModelCard.load(api.hf_hub_download("alice/tiny", "README.md", local_dir=tmp_path / "card"))
+    (revision,) = set(re.findall(r'"alice/tiny", revision="([0-9a-f]{40})"', str(card)))
+    loaded = hub.run(COLLECT, "user", "alice/tiny", revision, "alice/tiny-task", "alice/tiny", json.dumps(texts))
+    assert loaded.returncode == 0, loaded.stderr
+    found = json.loads(loaded.stdout.strip().splitlines()[-1])
+    expected = model.classify_and_explain(texts)
+    probabilities = pytest.approx([prediction.probability for prediction in expected], abs=1e-5)
+    assert found["probabilities"] == found["pipeline"] == probabilities
+    assert found["decision"] == pytest.approx(expected[0].probability, abs=1e-5)
+    assert found["explanations"] == [prediction.explanation for prediction in expected]
+    assert found["labels"] == ["not_supported", "supported"]
+    assert found["rows"] == {"train": 24, "validation": 12, "test": 20}
+    assert {"id", "findings", "claim", "label", "explanation", "area"} == set(found["columns"])
+    assert re.match(r"probability 0\.\d+ alice/tiny-task", found["app"])
+    assert found["left_behind"] == found["foreign"] == []
+
+    commits = {part: [c.title for c in api.list_repo_commits(**where)] for part, where in _everything().items()}
+    assert all(titles == ["Publish with CLSGen", "initial commit"] for titles in commits.values())
+    for where in _everything().values():
+        assert not api.repo_info(**where).private
+        assert [branch.name for branch in api.list_repo_refs(**where).branches] == ["main"]
+    collection = api.create_collection("CLSGen: tiny_task", namespace="alice", exists_ok=True)
+    assert [(item.item_type, item.item_id) for item in collection.items] == [
+        ("dataset", "alice/tiny-task"), ("model", "alice/tiny"), ("space", "alice/tiny"),
+    ]  # fmt: skip
+
+    blocks = hub.run(RUN_BLOCKS, "reader", "alice/tiny", "alice/tiny-task")
+    assert blocks.stdout.strip().endswith("ran all"), blocks.stderr
+
+    before = {part: api.repo_info(**where).sha for part, where in _everything().items()}
+    seen = len(hub.requests())
+    again = hub.push(*command)
+    assert again.returncode == 0, again.stderr
+    assert {part: api.repo_info(**where).sha for part, where in _everything().items()} == before
+    assert [r for r in hub.requests()[seen:] if "/commit/" in r["p"] or r["m"] == "PUT"] == []
+
+
+def _everything():
+    return {
+        "models": {"repo_id": "alice/tiny", "repo_type": "model"},
+        "datasets": {"repo_id": "alice/tiny-task", "repo_type": "dataset"},
+        "spaces": {"repo_id": "alice/tiny", "repo_type": "space"},
+    }
