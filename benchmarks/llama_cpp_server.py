@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on loopback from llama.cpp, with JSON schemas as grammars; needs `pip install xllamacpp`.
+"""llama.cpp as an OpenAI-compatible server on loopback, JSON schemas as grammars; needs `pip install xllamacpp`.
 
 python -m benchmarks.llama_cpp_server SmolLM2-135M-Instruct.Q4_1.gguf 8912
 """

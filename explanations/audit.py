@@ -1,6 +1,7 @@
 """Filters held against a person's word: which rows they refuse wrongly."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,25 +49,38 @@ def read_audit(path: Path) -> dict[str, str]:
 
 
 def filter_errors(audit: dict[str, str], judged: Iterable[Judged], filters: Iterable[str]) -> dict[str, dict]:
-    """How often each filter is wrong on the hand-checked rows.
+    """How often each filter is wrong, by the hand-checked rows.
+
+    Filtered and kept rows are checked in other proportions than they have in the data, so each row stands for as many
+    as its group (filtered or kept) has rows for each checked one.
 
     Returns:
-        `dict[str, dict]` by filter: `checked` rows that it refuses and how many of them `wrongly`; `good` rows, those
-        that a person would keep; `false_positive_rate`, wrongly / good, with its 95% Wilson interval.
+        `dict[str, dict]` by filter: how many rows it `refuses`; how many of these are `checked`, and refused
+        `wrongly`; the 95% Wilson interval of wrongly / checked; and `false_positive_rate`, the estimated share it
+        refuses of all rows that a person would keep (`None` where none of what it refuses was checked).
     """
-    rows = [each for each in judged if each.row["id"] in audit and each.explanation is not None]
-    good = sum(audit[each.row["id"]] == "kept" for each in rows)
+    explained = [each for each in judged if each.explanation is not None and each.protocol != SOURCE]
+    checked = [each for each in explained if each.row["id"] in audit]
+    sizes, seen = Counter(each.kept for each in explained), Counter(each.kept for each in checked)
+    weights = {kept: sizes[kept] / seen[kept] for kept in seen}
+    good = [each for each in checked if audit[each.row["id"]] == "kept"]
     errors = {}
     for name in filters:
-        flagged = [each for each in rows if name in {finding.filter for finding in each.findings}]
-        wrongly = sum(audit[each.row["id"]] == "kept" for each in flagged)
-        interval = binomtest(wrongly, good).proportion_ci(method="wilson") if good else (0.0, 1.0)
+        refuses = sum(name in each.filters for each in explained)
+        found = sum(name in each.filters for each in checked)
+        wrongly = [each for each in good if name in each.filters]
+        interval = binomtest(len(wrongly), found).proportion_ci(method="wilson") if found else None
+        known = good and (found or not refuses)
         errors[name] = {
-            "checked": len(flagged), "wrongly": wrongly, "good": good,
-            "false_positive_rate": wrongly / good if good else float("nan"),
-            "interval": [round(float(bound), 4) for bound in interval],
+            "refuses": refuses, "checked": found, "wrongly": len(wrongly),
+            "interval": [round(float(bound), 3) for bound in interval] if interval else None,
+            "false_positive_rate": _total(wrongly, weights) / _total(good, weights) if known else None,
         }  # fmt: skip
     return errors
+
+
+def _total(rows: Iterable[Judged], weights: dict[bool, float]) -> float:
+    return sum(weights[each.kept] for each in rows)
 
 
 def kept_errors(audit: dict[str, str], judged: Iterable[Judged]) -> dict[str, int]:

@@ -10,9 +10,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from clsgen.explanations.answers import AnswerStore, CachedTeacher, Outcome
-from clsgen.explanations.filters import verdict_disagreement
 from clsgen.explanations.protocols import BLIND, LABEL_CONDITIONED, Asker
 from clsgen.explanations.teacher import NoReplyError, Reply, TeacherArguments, TeacherError, open_teacher
+from clsgen.explanations.verdicts import verdict_disagreement
 
 logger = logging.getLogger(__name__)
 BLIND_THEN_LABEL = "blind_then_label"

@@ -11,8 +11,9 @@ from datasketch import MinHash, MinHashLSH
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from clsgen.explanations.numbers_in_text import unsupported_numbers
+from clsgen.explanations.verdicts import verdict_disagreement
 
-_WORD = re.compile(r"\w+(?:[.,'’-]\w+)*")
+_WORD = re.compile(r"\w+(?:[.,'\u2019-]\w+)*")
 _LEAKS = re.compile(
     r"\b(?:gold|ground[- ]truth|true|correct|given|provided|assigned|stated|expected)[- ](?:label|answer|verdict)\b"
     r"|(?<![-\w])(?:the|its|this) label (?:is|was|says|of|indicates|given)\b"
@@ -21,8 +22,8 @@ _LEAKS = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL = re.compile(
-    r"^\W*(?:i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e|as an ai\b|as a (?:large )?language model)"
-    r"|\b(?:i|we) (?:cannot|can['’]?t|am unable to|am not able to|will not|won['’]?t) "
+    r"^\W*(?:i['\u2019]?m sorry|i am sorry|sorry,|i apologi[sz]e|as an ai\b|as a (?:large )?language model)"
+    r"|\b(?:i|we) (?:cannot|can['\u2019]?t|am unable to|am not able to|will not|won['\u2019]?t) "
     r"(?:assist|help|comply|fulfil|provide (?:medical|an answer|an explanation)|answer (?:this|that|the)|give medical)"
     r"|\bas an ai (?:language )?model\b",
     re.IGNORECASE,
@@ -98,13 +99,6 @@ class FilterArguments:
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case; a number such as 1.5 is one."""
     return _WORD.findall(text.lower())
-
-
-def verdict_disagreement(label: int | None, verdict: int | None) -> str | None:
-    """Why a blind verdict does not fit the gold label; `None` where it does, or where one of them is missing."""
-    if label is None or verdict is None or label == verdict:
-        return None
-    return f"the blind verdict is {verdict}, the label {label}"
 
 
 def _agreement(candidate: Candidate, _: FilterArguments) -> str | None:

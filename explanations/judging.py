@@ -16,9 +16,9 @@ from clsgen.explanations.filters import (
     Finding,
     find_near_duplicates,
     find_problems,
-    verdict_disagreement,
 )
 from clsgen.explanations.protocols import BLIND, LABEL_CONDITIONED
+from clsgen.explanations.verdicts import verdict_disagreement
 from clsgen.tasks import Task
 
 SOURCE, UNSUPPORTED = "source", "unsupported_by_text"
@@ -52,6 +52,11 @@ class Judged:
     @property
     def kept(self) -> bool:
         return self.explanation is not None and not self.findings
+
+    @property
+    def filters(self) -> set[str]:
+        """Names of the filters that refuse it."""
+        return {finding.filter for finding in self.findings}
 
 
 def judge_task(
@@ -118,13 +123,11 @@ def class_ledger(judged: Iterable[Judged], labels: tuple[str, str]) -> dict[str,
 
     `rows` is the sum of `kept`, `from_source`, `not_asked` and all of `rejected`.
     """
-    names = {0.0: labels[0], 1.0: labels[1], None: "unlabelled"}
+    names = {0.0: labels[0], 1.0: labels[1], None: UNLABELLED}
     ledger: dict[str, dict[str, dict[str, Any]]] = {}
     for each in judged:
-        split = ledger.setdefault(each.split, {})
-        empty = {"rows": 0, "asked": 0, "answered": 0, "kept": 0, "kept_blind": 0, "kept_label_conditioned": 0,
-                 "from_source": 0, "not_asked": 0, "rejected": Counter()}  # fmt: skip
-        counts = split.setdefault(names[each.row["label"]], empty)
+        split = ledger.setdefault(each.split, {label: _no_counts() for label in labels})
+        counts = split.setdefault(names[each.row["label"]], _no_counts())
         counts["rows"] += 1
         counts["asked"] += each.asked
         counts["answered"] += each.asked and each.explanation is not None
@@ -143,15 +146,21 @@ def class_ledger(judged: Iterable[Judged], labels: tuple[str, str]) -> dict[str,
     return ledger
 
 
+def _no_counts() -> dict[str, Any]:
+    numbers = ("rows", "asked", "answered", "kept", "kept_blind", "kept_label_conditioned", "from_source", "not_asked")
+    return {**dict.fromkeys(numbers, 0), "rejected": Counter()}
+
+
 def check_floor(ledger: dict[str, dict[str, dict[str, Any]]], labels: tuple[str, str], least: int) -> None:
     """Raises `ValueError` where a class of the training split keeps fewer explanations than `least`."""
     for label in labels:
-        counts = ledger["train"].get(label, {"kept": 0, "from_source": 0, "rejected": {}})
-        if counts["kept"] + counts["from_source"] < least:
+        counts = ledger["train"][label]
+        kept = counts["kept"] + counts["from_source"]
+        if kept < least:
             raise ValueError(
-                f"Only {counts['kept'] + counts['from_source']} explanation(s) of {label!r} are kept in the training "
-                f"split, fewer than --min_kept_per_class {least}. Rejected: {counts['rejected']}. See the ledger; a "
-                "better teacher, other filters or a lower floor would help."
+                f"Only {kept} explanation(s) of {label!r} are kept in the training split, fewer than "
+                f"--min_kept_per_class {least}. Rejected: {counts['rejected']}; not asked: {counts['not_asked']}. See "
+                "the report; a better teacher, other filters or a lower floor would help."
             )
 
 
@@ -159,7 +168,7 @@ def all_findings(judged: Iterable[Judged], labels: tuple[str, str]) -> dict[str,
     """Every filter's findings by class, also where it was not a row's first reason."""
     found: dict[str, dict[str, int]] = {}
     for each in judged:
-        for name in {finding.filter for finding in each.findings} if each.explanation is not None else ():
+        for name in each.filters if each.explanation is not None else ():
             by_class = found.setdefault(name, dict.fromkeys(labels, 0))
             by_class[labels[int(each.row["label"])]] += 1
     return found

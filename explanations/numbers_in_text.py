@@ -15,7 +15,7 @@ from text_to_num import alpha2digit
 
 _SPACED_THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2009\u202f ](?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+")
-_NAME_BEFORE = re.compile(r"[^\W\d_x×][-\u2010\u2011]?$")  # HbA1c, SGLT2, COVID-19
+_NAME_BEFORE = re.compile(r"[^\W\d_x\u00d7][-\u2010\u2011]?$")  # HbA1c, SGLT2, COVID-19
 _TIME_UNIT = re.compile(r"[- \u00a0]?(?:minute|hour|day|week|month|year)s?\b")
 _PERCENT = re.compile(r"\s?(?:%|per ?cent)")
 _AS_WORDS = {"half": 0.5, "third": 3.0, "quarter": 0.25, "once": 1.0, "twice": 2.0, "double": 2.0, "dozen": 12.0}

@@ -24,9 +24,9 @@ Question: {question}
 {instructions}"""
 
 _EXPLANATION = (
-    "two to four sentences in {language} that give the reasons, from this text alone, with the findings and numbers of "
-    "the text that decide; in your own words, without copying whole sentences, and without the words label, verdict "
-    "or probability"
+    "two to four sentences in {language} that give the reasons, from this text alone, with the findings and numbers "
+    "of the text that decide; in your own words, without copying whole sentences, and without the words label, "
+    "verdict or probability"
 )
 
 _BLIND = """Answer with one JSON object and nothing else, with these keys:
@@ -34,8 +34,8 @@ _BLIND = """Answer with one JSON object and nothing else, with these keys:
 "verdict": "{verdicts[0]}" or "{verdicts[1]}";
 "probability": a number between 0 and 1, how likely it is that the right answer is "{verdicts[1]}"."""
 
-_CONDITIONED = """An expert has settled the answer: "{verdict}". Say why. Where the text gives no ground for this answer, do
-not make one up but say so.
+_CONDITIONED = """An expert has settled the answer: "{verdict}". Say why. Where the text gives no ground for it, do not
+make one up but say so.
 
 Answer with one JSON object and nothing else, with these keys:
 "explanation": {explanation};

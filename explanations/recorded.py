@@ -3,33 +3,15 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 from clsgen.explanations.answers import Outcome
 from clsgen.explanations.collecting import Collected
 from clsgen.explanations.protocols import Answer
+from clsgen.explanations.verdicts import parse_verdict
 from clsgen.table_files import read_rows
 from clsgen.tasks import Task
 
 logger = logging.getLogger(__name__)
-_VERDICTS = {"false": 0, "no": 0, "0": 0, "0.0": 0, "true": 1, "yes": 1, "1": 1, "1.0": 1}
-
-
-def parse_verdict(value: Any, names: list[tuple[str, str]] = ()) -> int:
-    """0 or 1, from a label's name, the words of a verdict, TRUE or FALSE, yes or no, 1 or 0.
-
-    Args:
-        value: As it stands in a file.
-        names (`list[tuple[str, str]]`, *optional*): Pairs of names for label 0 and 1 that a task has of its own.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    known = {**_VERDICTS, **{name.lower(): label for pair in names for label, name in enumerate(pair)}}
-    found = known.get(str(value).strip().lower())
-    if found is None:
-        raise ValueError(f"the verdict is {value!r}; it must be one of {sorted(known)}.")
-    return found
 
 
 def read_recorded(path: Path, task: Task, id_template: str = "{id}") -> dict[str, Collected]:
@@ -44,7 +26,7 @@ def read_recorded(path: Path, task: Task, id_template: str = "{id}") -> dict[str
         ValueError: for a line without these columns, with an impossible value, or about a row that has one already.
     """
     found: dict[str, Collected] = {}
-    names = [tuple(task.labels), tuple(task.prompt["verdicts"])]
+    names = (tuple(task.labels), tuple(task.prompt["verdicts"]))
     for number, line in enumerate(read_rows(path), start=1):
         try:
             row_id = re.sub(r"\{(\w+)\}", lambda match, line=line: str(line[match.group(1)]), id_template)
