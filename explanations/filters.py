@@ -90,8 +90,13 @@ class FilterArguments:
             raise ValueError(f"Unknown filter(s) {unknown}; known: {list(FILTERS)}.")
         if self.language not in _identifier().labels:
             raise ValueError(f"`language` is a two-letter code such as 'en', got {self.language!r}.")
-        if not 0 < self.near_duplicate_similarity <= 1 or not 0 <= self.max_repetition <= 1:
-            raise ValueError("`near_duplicate_similarity` and `max_repetition` are shares between 0 and 1.")
+        if not 0.1 <= self.near_duplicate_similarity <= 0.95:
+            raise ValueError(
+                f"`near_duplicate_similarity` lies between 0.1 and 0.95, got {self.near_duplicate_similarity}; MinHash "
+                "does not tell more from the same. To keep all, leave `near_duplicate` out of `filters`."
+            )
+        if not 0 <= self.max_repetition <= 1:
+            raise ValueError(f"`max_repetition` is a share between 0 and 1, got {self.max_repetition}.")
         if not 0 <= self.min_words <= self.max_words:
             raise ValueError(f"`min_words` {self.min_words} is more than `max_words` {self.max_words}, or below 0.")
 
