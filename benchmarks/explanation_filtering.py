@@ -1,4 +1,4 @@
-"""What filtering explanations does to the model: one recipe on three training sets, scored on the same validation rows.
+"""What filtering explanations does to a model: one recipe, three training sets, the same validation rows.
 
 python -m benchmarks.explanation_filtering --task clinifact --data_dir CliniFact --config recipes/clinifact.yaml \\
     --answers data/clinifact/explanations.jsonl --answers_id "{nctId}-{PMID}-{index}"
@@ -84,9 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True)
     parser.add_argument("--data_dir")
-    parser.add_argument(
-        "--answers", type=Path, required=True, help="the teacher's blind answers; see build_explanations"
-    )
+    parser.add_argument("--answers", type=Path, required=True, help="see build_explanations.py")
     parser.add_argument("--answers_id", default="{id}")
     parser.add_argument("--config", help="recipe for train_sft_cls.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -121,7 +119,7 @@ def main() -> None:
         "command": shlex.join(["python", "-m", "benchmarks.explanation_filtering", *sys.argv[1:]]),
         "task": source.name,
         "judge": judge_quality,
-        "note": "The threshold is chosen, and the calibration fitted, on the same validation rows, in every arm alike.",
+        "note": "Threshold and calibration are fitted on the same validation rows, in every arm alike.",
         "ledger": report["ledger"],
         "runs": runs,
     }

@@ -92,8 +92,8 @@ class FilterArguments:
             raise ValueError(f"`language` is a two-letter code such as 'en', got {self.language!r}.")
         if not 0.1 <= self.near_duplicate_similarity <= 0.95:
             raise ValueError(
-                f"`near_duplicate_similarity` lies between 0.1 and 0.95, got {self.near_duplicate_similarity}; MinHash "
-                "does not tell more from the same. To keep all, leave `near_duplicate` out of `filters`."
+                f"`near_duplicate_similarity` lies in [0.1, 0.95], got {self.near_duplicate_similarity}. To keep "
+                "all, leave `near_duplicate` out of `filters`."
             )
         if not 0 <= self.max_repetition <= 1:
             raise ValueError(f"`max_repetition` is a share between 0 and 1, got {self.max_repetition}.")

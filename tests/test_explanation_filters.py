@@ -15,10 +15,14 @@ from clsgen.explanations.verdicts import parse_verdict, verdict_disagreement
 from clsgen.tasks import load_task
 
 TEXT = (
-    "Mortality at 30 days was 8.1% (33 of 408) with drug A and 12.4% (50 of 403) with placebo (HR 0.65, 95% CI 0.42 to "
-    "0.99; p=0.04). Two hundred ninety-six patients stayed for 12 weeks; HbA1c fell by 1,234 units in an open-label arm."
+    "Mortality at 30 days was 8.1% (33 of 408) with drug A and 12.4% (50 of 403) with placebo (HR 0.65, 95% CI 0.42 "
+    "to 0.99; p=0.04). Two hundred ninety-six patients stayed for 12 weeks; HbA1c fell by 1,234 units in an open "
+    "label arm."
 )
-GOOD = "Fewer patients died with drug A than with placebo, 8.1% against 12.4%, and the interval of the hazard ratio ends below 1."
+GOOD = (
+    "Fewer patients died with drug A than with placebo, 8.1% against 12.4%, and the interval of the hazard ratio "
+    "ends below 1."
+)
 
 
 def names(explanation, arguments=None, **others):
@@ -36,11 +40,11 @@ def test_a_good_explanation_passes_them_all():
     [
         ("I'm sorry, but I can't help with medical questions about the effects of drugs on patients.", "refusal"),
         ("As an AI language model, I have no opinion on whether drug A lowers mortality at all.", "refusal"),
-        ("The correct label is supported, since fewer patients died with drug A than with placebo here.", "label_leakage"),
+        ("The correct label is supported, since fewer patients died with drug A than with placebo.", "label_leakage"),
         ("Fewer patients died with drug A than with placebo, so that this must be not_supported in the end.",
          "label_leakage"),
         ("Too few words here.", "length"),
-        ("Weniger Patienten starben unter dem Medikament als unter Placebo, und das Intervall schließt keinen Effekt aus.",
+        ("Weniger Patienten starben unter dem Medikament als unter Placebo, und das Intervall ist eng genug.",
          "language"),
         ("Drug A was better than placebo. " * 8, "repetition"),
         (f"So it is said: {TEXT[:150]}", "copied_input"),
@@ -88,8 +92,8 @@ def test_numbers_that_the_text_gives_ground_for(explanation):
 
 @pytest.mark.parametrize(
     ("explanation", "found"),
-    [("8.7% died", ["8.7"]), ("a hazard ratio of 0.56", ["0.56"]), ("2,900 patients", ["2900"]), ("after 17 weeks", ["17"]),
-     ("p = 0.013 and 8.1%", ["0.013"])],
+    [("8.7% died", ["8.7"]), ("a hazard ratio of 0.56", ["0.56"]), ("2,900 patients", ["2900"]),
+     ("after 17 weeks", ["17"]),     ("p = 0.013 and 8.1%", ["0.013"])],
 )  # fmt: skip
 def test_numbers_that_the_text_does_not_hold(explanation, found):
     assert unsupported_numbers(explanation, TEXT) == found

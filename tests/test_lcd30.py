@@ -97,7 +97,7 @@ def test_a_packed_file_is_read(source, tmp_path):
 
 def test_files_that_do_not_fit_are_named_and_leave_nothing(source, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="not {'train': 34759, 'validation': 7505, 'test': 7568} as published"):
+    with pytest.raises(ValueError, match=r"not \{'train': 34759, 'validation': 7505, 'test': 7568\} as published"):
         lcd30.prepare(source, out)
     labels = json.loads((source / "labels.json").read_text())
     (source / "labels.json").write_text(json.dumps({**labels, "0xabc": {"data_type": "dev",
