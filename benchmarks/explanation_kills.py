@@ -79,7 +79,7 @@ class _PassOn(BaseHTTPRequestHandler):
         key = request_key(asked, body["messages"], schema, body["max_tokens"])
         self.server.note("request", key=key, already_written=key in self.server.written())
         try:
-            reply = httpx.post(f"{self.server.upstream}{self.path}", content=content, timeout=600)
+            reply = httpx.post(f"{self.server.upstream}{self.path}", content=content, timeout=1200)
         except httpx.HTTPError as error:
             self.server.note("server gone", key=key, error=type(error).__name__)
             self.close_connection = True
@@ -133,7 +133,8 @@ def run(arguments: argparse.Namespace, work: Path) -> tuple[LoggingProxy, int]:
     command = [
         sys.executable, "build_explanations.py", "--task", arguments.task, "--limit", str(arguments.rows),
         "--model", arguments.model, "--base_url", f"http://127.0.0.1:{proxy.server_port}/v1",
-        "--output_dir", str(work / "built"), "--max_tokens", str(arguments.max_tokens), "--max_reasks", "1",
+        "--output_dir", str(work / "built"), "--max_tokens", str(arguments.max_tokens), "--max_reasks",
+        str(arguments.max_reasks), "--timeout", "1200",
         "--concurrency", "4", "--min_kept_per_class", "0", "--allow_constant_teacher", "true", "--max_retries", "12",
     ]  # fmt: skip
     try:
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--task", default="trial_claims")
     parser.add_argument("--rows", type=int, default=50)
     parser.add_argument("--max_tokens", type=int, default=256)
+    parser.add_argument("--max_reasks", type=int, default=1)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/explanation_kills"))
     parser.add_argument("--results_dir", type=Path, default=ROOT / "results" / "explanations" / "kills")
     arguments = parser.parse_args()

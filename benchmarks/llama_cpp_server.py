@@ -14,7 +14,8 @@ def main() -> None:
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.port = sys.argv[1], int(sys.argv[2])
     parameters.hostnames = ["127.0.0.1"]
-    parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = 8192, 4, 1
+    parameters.n_ctx, parameters.n_parallel = 8192, 4
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(parameters)
     print(server.listening_address, flush=True)
     while True:

@@ -23,7 +23,7 @@ TEXTS = [
     "Nobody asks for this one",
 ]
 CLEANED = [
-    "Name: He said fine and left. <cr> <cr> Patient's stay",
+    "Name: <cr> He said fine and left. <cr> <cr> Patient's stay",
     "Seen, and <cr> <cr> discharged <cr>",
     "Short note",
     "A fourth, with a comma",
