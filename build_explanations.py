@@ -11,6 +11,7 @@ import json
 import logging
 import shlex
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,17 +106,13 @@ class BuildArguments:
             self.protocol = BLIND
 
 
-def prepare_output_dir(arguments: BuildArguments, task: Task) -> Path:
-    """The new task folder, made; raises where it holds something that this command has not built."""
+def output_folder(arguments: BuildArguments, task: Task) -> Path:
+    """Where the new task goes; raises `ValueError` where something is there that this command has not built."""
     folder = Path(arguments.output_dir or Path("outputs") / f"{task.name}_explained")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file.")
     if (folder / "task.yaml").exists() and not (folder / REPORT).exists():
         raise ValueError(f"{folder} is a task that this command has not built: name another --output_dir.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--output_dir {folder} cannot be made ({error}): choose another.") from error
     return folder
 
 
@@ -159,6 +156,18 @@ def teacher_answers(
         )  # fmt: skip
     finally:
         store.close()
+
+
+def dry_run(
+    task: Task, folder: Path, arguments: BuildArguments, teacher: TeacherArguments, language: str
+) -> dict[str, float]:
+    """What asking would take, without what was answered before; nothing is written."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        store = AnswerStore((folder if (folder / ANSWERS).exists() else Path(nowhere)) / ANSWERS)
+        try:
+            return estimate(rows_to_ask(task, arguments), Asker(task, language), store, teacher, arguments.protocol)
+        finally:
+            store.close()
 
 
 def describe_teacher(arguments: BuildArguments, teacher: TeacherArguments) -> dict[str, Any]:
@@ -213,15 +222,13 @@ def build(
             `min_kept_per_class`. The report is written in the latter case, the data are not.
     """
     task = load_task(arguments.task, arguments.data_dir, arguments.on_bad_row)
-    folder = prepare_output_dir(arguments, task)
+    folder = output_folder(arguments, task)
     if arguments.dry_run:
-        store = AnswerStore(folder / ANSWERS)
-        try:
-            return estimate(
-                rows_to_ask(task, arguments), Asker(task, filters.language), store, teacher, arguments.protocol
-            )
-        finally:
-            store.close()
+        return dry_run(task, folder, arguments, teacher, filters.language)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output_dir {folder} cannot be made ({error}): choose another.") from error
     collected, spent = teacher_answers(task, folder, arguments, teacher, filters.language)
     judged = judge_task(task, collected, filters, arguments.keep_source_explanations)
     report = describe(task, judged, arguments, teacher, filters) | {"this_run": spent, "command": command}

@@ -18,7 +18,6 @@ from clsgen.explanations.filters import (
     find_problems,
 )
 from clsgen.explanations.protocols import BLIND, LABEL_CONDITIONED
-from clsgen.explanations.verdicts import verdict_disagreement
 from clsgen.tasks import Task
 
 SOURCE, UNSUPPORTED = "source", "unsupported_by_text"
@@ -105,8 +104,7 @@ def _judge_row(
         return judged
     judged.explanation = outcome.answer.explanation
     if not outcome.answer.supported_by_text:
-        why = verdict_disagreement(int(row["label"]), judged.verdict)
-        judged.findings.append(Finding(UNSUPPORTED, f"told the label, the teacher finds no ground for it; {why}"))
+        judged.findings.append(Finding(UNSUPPORTED, "told the label, the teacher finds no ground for it in the text"))
     candidate = Candidate(
         judged.explanation,
         f"{task.text_of(row)}\n{task.prompt['question']}",

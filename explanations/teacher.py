@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import openai
 from aiolimiter import AsyncLimiter
@@ -106,11 +107,11 @@ class TeacherArguments:
 
 def is_loopback(url: str) -> bool:
     """Whether the URL's host is this machine: `localhost`, or a literal loopback address. Other names may change."""
-    host = openai.DefaultAsyncHttpx2Client(base_url=url).base_url.host
+    host = urlsplit(url).hostname or ""
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -130,6 +131,8 @@ class EndpointTeacher:
         if not arguments.model:
             raise TeacherError("Name the teacher with --model.")
         base_url = arguments.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        if not base_url.startswith(("http://", "https://")):
+            raise TeacherError(f"`base_url` starts with http:// or https://, got {base_url!r}.")
         loopback = is_loopback(base_url)
         if loopback_only and not loopback:
             raise TeacherError(

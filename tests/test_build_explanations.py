@@ -379,6 +379,7 @@ def test_limit_asks_about_the_first_rows_and_keeps_all(run, server, tmp_path):
 def test_dry_run_asks_nothing(run, server, capsys, folder, tmp_path):
     found = run(dry_run=True, teacher={"input_price": 1.0})
     assert server.bodies == []
+    assert not (tmp_path / "built").exists()
     assert (found["least_requests"], found["most_requests"]) == (16, 32)
     assert 0 < found["least_cost_usd"] < found["most_cost_usd"]
     command = ["--task", str(folder()), "--output_dir", str(tmp_path / "x"), "--model", "m", "--dry_run", "true"]
