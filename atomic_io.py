@@ -1,4 +1,4 @@
-"""JSON files that are there whole or not at all."""
+"""Text and JSON files that are there whole or not at all."""
 
 import json
 import math
@@ -19,9 +19,13 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     Raises:
         TypeError: A value has no JSON form. The file is then as it was.
     """
+    write_text(path, json.dumps(_jsonable(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes text as UTF-8, first under a temporary name in the same folder, then by renaming."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_jsonable(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_text(text, encoding="utf-8")

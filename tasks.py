@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ class Task:
     def fields(self) -> list[str]:
         """Names of the fields that make up a text."""
         return TaskPrompt.from_dict(self.prompt).fields
+
+    def text_of(self, row: dict[str, Any]) -> str:
+        """A row's text: the template with the row's fields in their places."""
+        return re.sub(r"\{(\w+)\}", lambda match: row[match.group(1)], self.prompt["template"])
 
 
 def load_task(

@@ -112,6 +112,9 @@ class TaskArguments:
         default=None, metadata={"help": "With `--push_to_hub`: the Hub's id of it; by default the base model's."}
     )
     results_dir: str | None = field(default=None, metadata={"help": "A further folder for metrics and predictions."})
+    publish_credentialed: bool = field(
+        default=False, metadata={"help": "You have the right to push what is made from this task's credentialed data."}
+    )
 
 
 @dataclass
@@ -287,6 +290,15 @@ def show_examples(examples: list[dict[str, Any]]) -> None:
         print(f"  gold label: {example['gold'] or 'none'}; the LM alone: {prediction['lm_probability']}")
 
 
+def check_may_publish(task: Task, arguments: TaskArguments, training: ClsGenSFTConfig) -> None:
+    """Raises `ValueError` where weights made from credentialed data would be pushed to the Hub."""
+    if task.credentialed and training.push_to_hub and not arguments.publish_credentialed:
+        raise ValueError(
+            f"The data of {task.name!r} are credentialed: weights trained on them must not be pushed to a Hub. Leave "
+            "out --push_to_hub; where you have the right to, say so with `--publish_credentialed true`."
+        )
+
+
 def prepare_output_dir(training: ClsGenSFTConfig, task: Task) -> Path:
     """The run's folder, writable; `outputs/<task>` unless asked otherwise."""
     if training.output_dir in (None, "trainer_output"):
@@ -441,6 +453,7 @@ def main(argv: list[str] | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(training.seed)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
+    check_may_publish(task, arguments, training)
     output_dir = prepare_output_dir(training, task)
     report = {
         "task": task.name,
@@ -448,6 +461,7 @@ def main(argv: list[str] | None = None) -> None:
         "base_model": model_arguments.model_name_or_path,
         "seed": training.seed,
         "train_rows": class_counts(task.splits["train"]),
+        "credentialed": task.credentialed,
         "threshold_method": arguments.threshold_method,
         **describe_run(argv),
         "started": started,

@@ -5,6 +5,7 @@ import functools
 import http.server
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -389,7 +390,7 @@ def test_clinifact_command(tmp_path, task):
     shutil.copytree(ROOT / "data" / "clinifact", tmp_path / "data" / "clinifact", ignore=lambda *_: ["prepared"])
     source = clinifact_source(tmp_path / "source")
     command = [sys.executable, "-m", "data.clinifact.prepare", "--source", str(source), "--task", task]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert (tmp_path / "data" / task / "prepared" / "train.jsonl").is_file()
 
 

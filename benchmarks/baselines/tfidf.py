@@ -6,7 +6,6 @@ python -m benchmarks.baselines.tfidf --task clinifact --data_dir CliniFact
 
 import argparse
 import logging
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -36,9 +35,7 @@ def main() -> None:
     texts, labels = {}, {}
     for name, split in task.splits.items():
         rows = [row for row in split if row["label"] is not None]
-        texts[name] = [
-            re.sub(r"\{(\w+)\}", lambda match, row=row: row[match.group(1)], task.prompt["template"]) for row in rows
-        ]
+        texts[name] = [task.text_of(row) for row in rows]
         labels[name] = [int(row["label"]) for row in rows]
 
     regression = LogisticRegressionCV(Cs=10, cv=5, scoring="neg_log_loss", max_iter=2000, l1_ratios=(0,))

@@ -18,6 +18,8 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+from clsgen.explanations.verdicts import parse_verdict, verdict_disagreement
+
 logger = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "validation", "test")
@@ -25,7 +27,6 @@ COLUMNS = ("index", "nctId", "PMID", "claim", "article_title", "article_abstract
 TRUE, FALSE, NONE = "1", "0", "2"
 # Label of each task by CliniFact's label; a label that is left out is counted in the log.
 TASK_LABELS = {"clinifact": {FALSE: 0, TRUE: 1}, "clinifact_evidence": {NONE: 0, FALSE: 1, TRUE: 1}}
-VERDICT_LABELS = {"TRUE": 1, "FALSE": 0}
 NO_TITLE = "(no title)"
 
 
@@ -213,7 +214,7 @@ def _teacher_columns(teacher: dict | None, source: dict[str, str], label: int, c
             f"The teacher's explanation of index {source['index']} is of {teacher['nctId']}, {teacher['PMID']}, not "
             f"of {source['nctId']}, {source['PMID']}: this is another version of CliniFact."
         )
-    agrees = VERDICT_LABELS[teacher["teacher_verdict"]] == label
+    agrees = verdict_disagreement(label, parse_verdict(teacher["teacher_verdict"])) is None
     counts[f"{side} {'explained' if agrees else 'whose teacher disagrees (no explanation)'}"] += 1
     return {
         "explanation": teacher["explanation"] if agrees else None,
