@@ -6,18 +6,17 @@ on the validation split, as `train_sft_cls.py` does; the test split is scored on
 
 import logging
 import re
-import shlex
-import sys
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
+from benchmarks.measuring import describe_run
 from clsgen.atomic_io import write_json
 from clsgen.calibration import calibrated_probabilities, choose_threshold, fit_temperature_and_bias
 from clsgen.classification_metrics import classification_metrics
@@ -29,7 +28,6 @@ from clsgen.tasks import Task
 
 logger = logging.getLogger(__name__)
 RESULTS = Path(__file__).resolve().parent.parent.parent / "results"
-PACKAGES = ("torch", "transformers", "trl", "peft", "scikit-learn")
 Row = dict[str, Any]
 
 
@@ -133,11 +131,10 @@ def describe_words(
     baseline: Baseline, rows: Sequence[Row], probabilities: np.ndarray, threshold: float
 ) -> dict[str, Any]:
     """Alignment and language of a baseline's explanations by mode, and its collapse, where it has a language model."""
-    task, found = baseline.task, {}
+    task, found = baseline.task, defaultdict(dict)
     predicted = (probabilities >= threshold).astype(int)
     explained = baseline.explain(rows, predicted.tolist())
     judges = [make_judge(spec, task) for spec in DEFAULT_JUDGES] if explained else []
-    modes = {}
     for mode, explanations in explained.items():
         columns = {"probability": probabilities, "predicted": predicted, "explanation": explanations}
         table = pd.DataFrame({**columns, "gold": labels_of(rows)})
@@ -145,18 +142,9 @@ def describe_words(
         for report in reports.values():
             del report["judged_probability"], report["judged_label"]
         texts, references = [text_of(task, row) for row in rows], [row["explanation"] for row in rows]
-        modes[mode] = {"alignment": reports, "language": language_report(explanations, texts, references)}
-    if modes:
-        found["modes"] = modes
+        found["alignment"][mode] = reports
+        found["language"][mode] = language_report(explanations, texts, references)
     model = baseline.language_model()
     if model is not None:
         found["collapse"] = perplexity_report(model, baseline.backbone, task)
-    return found
-
-
-def describe_run() -> dict[str, Any]:
-    """Command and versions, for a result file that somebody can make again."""
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.baselines", *sys.argv[1:]]),
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-    }
+    return dict(found)
