@@ -67,13 +67,13 @@ def test_result_files(system, task, backbones, tmp_path):
     predictions = json.loads((tmp_path / "test_predictions.json").read_text(encoding="utf-8"))
     labels, probabilities = zip(*((row["label"], row["probability"]) for row in predictions), strict=True)
     assert roc_auc_score(labels, probabilities) == pytest.approx(written["test"]["auroc"])
-    assert set(report.get("modes", {})) == EXPLAINING.get(system, set())
+    assert set(report.get("alignment", {})) == set(report.get("language", {})) == EXPLAINING.get(system, set())
     assert ("collapse" in report) == (system in WITH_LANGUAGE_MODEL)
     if system in ("tfidf", "cnn"):
         assert written["test"]["auroc"] == 1.0
-    for mode in report.get("modes", {}).values():
-        assert set(mode["alignment"]) == {"tfidf", "tfidf-no-verdict"}
-        assert mode["language"]["rows"] == 16
+    for mode, judged in report.get("alignment", {}).items():
+        assert set(judged) == {"tfidf", "tfidf-no-verdict"}
+        assert report["language"][mode]["rows"] == 16
 
 
 def test_seed_is_all_that_changes_a_cnn(task):
