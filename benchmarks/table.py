@@ -2,9 +2,9 @@
 
 python -m benchmarks.table
 
-A run is `results/<task>/<system>/metrics.json`, or one `seed-N/metrics.json` a seed. What `evaluate_clsgen.py` says of
-a checkpoint's words is read from `evaluation/metrics.json` beside it (`--output_dir`). A cell without a number in some
-file is empty.
+A run is `results/<task>/<system>/metrics.json`, or one `seed-N/metrics.json` a seed; ablations lie one folder deeper.
+What `evaluate_clsgen.py` says of a checkpoint's words is read from `evaluation/metrics.json` beside it
+(`--output_dir`). A cell without a number in some file is empty.
 """
 
 import json
@@ -93,6 +93,8 @@ def table_rows(results: Path, tasks: Iterable[str]) -> list[Row]:
         systems = sorted(path for path in (results / task).glob("*") if path.is_dir())
         found = [row for folder in systems for row in system_rows(task, folder)]
         rows += sorted(found, key=lambda row: (not is_clsgen(row), row["system"], row["mode"]))
+        for folder in sorted((results / task / "ablations").glob("*")):
+            rows += system_rows(task, folder, f"ablation-{folder.name}")
     return rows
 
 
@@ -101,15 +103,15 @@ def is_clsgen(row: Row) -> bool:
     return row["system"].startswith("clsgen")
 
 
-def system_rows(task: str, folder: Path) -> list[Row]:
-    """The rows of one system on one task."""
+def system_rows(task: str, folder: Path, name: str | None = None) -> list[Row]:
+    """The rows of one system on one task, under `name` or the system's own."""
     runs = read_runs(folder)
     if not runs:
         return []
     aurocs = [find(run, "test", "auroc") for run in runs]
     common: Row = dict.fromkeys(COLUMNS)
     # Baselines name themselves; a checkpoint's own report names its backbone.
-    common |= {"task": task, "system": runs[0].get("system", f"clsgen-{folder.name}"), "seeds": len(runs)}
+    common |= {"task": task, "system": name or runs[0].get("system", f"clsgen-{folder.name}"), "seeds": len(runs)}
     common |= {f"{name}_mean": mean(find(run, "test", name) for run in runs) for name in SCORES}
     common["auroc_std"] = statistics.stdev(aurocs) if len(aurocs) > 1 and None not in aurocs else None
     common["perplexity_general_ratio"] = mean(find(run, "collapse", "general", "ratio") for run in runs)
@@ -161,7 +163,7 @@ def _stronger_rivals(ours: Row, rows: list[Row]) -> Iterator[str]:
     aurocs = {
         row["system"]: row["auroc_mean"]
         for row in rows
-        if row["task"] == ours["task"] and not is_clsgen(row) and row["system"] not in WITHOUT_BACKBONE
+        if row["task"] == ours["task"] and not row["system"].startswith((*WITHOUT_BACKBONE, "clsgen", "ablation"))
     }
     for rival, auroc in aurocs.items():
         if None not in (auroc, ours["auroc_mean"]) and auroc > ours["auroc_mean"]:

@@ -28,6 +28,7 @@ def results(tmp_path):
     write_json(tmp_path / "my/tfidf/seed-0/metrics.json", run(0.90, system="tfidf", texts_per_second=10.0))
     write_json(tmp_path / "my/small/metrics.json", run(0.85, wall_seconds=7.0))
     write_json(tmp_path / "my/small/evaluation/metrics.json", evaluation)
+    write_json(tmp_path / "my/ablations/packing/seed-0/metrics.json", run(0.99))
     write_json(tmp_path / "my/unfinished/metrics.json", {"validation": {"auroc": 0.9}})
     return tmp_path
 
@@ -35,9 +36,10 @@ def results(tmp_path):
 def test_rows(results):
     rows = table_rows(results, ["my", "missing"])
     assert [(row["system"], row["mode"], row["seeds"]) for row in rows] == [
-        ("clsgen-small", "free", 1), ("clsgen-small", "guided", 1), ("cnn", "", 3), ("tfidf", "", 1)
+        ("clsgen-small", "free", 1), ("clsgen-small", "guided", 1), ("cnn", "", 3), ("tfidf", "", 1),
+        ("ablation-packing", "", 1),
     ]  # fmt: skip
-    free, guided, cnn, tfidf = rows
+    free, guided, cnn, tfidf, _ = rows
     assert cnn["auroc_mean"] == pytest.approx(0.72)
     assert cnn["auroc_std"] == pytest.approx(0.02)  # of -0.02, 0.02 and 0: sqrt(0.0008 / 2)
     assert cnn["train_seconds"] == pytest.approx(1.0)
@@ -72,7 +74,7 @@ def test_paper_is_apart(results):
 
 
 def test_writes_both(results):
-    assert write_tables(results, ["my"]) == 4
+    assert write_tables(results, ["my"]) == 5
     with (results / "table.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
