@@ -97,7 +97,8 @@ def run(baseline: Baseline, system: str, folder: Path | None = None) -> dict[str
     Args:
         baseline ([`Baseline`]): Not yet fitted.
         system (`str`): Its name.
-        folder (`Path`, *optional*, defaults to `results/<task>/<system>/seed-<seed>`).
+        folder (`Path`, *optional*, defaults to `results/<task>/<system>/seed-<seed>`): For a credentialed task it is
+            below `outputs/` by default, which git ignores.
     """
     task, start = baseline.task, time.perf_counter()
     validation, test = labelled(task, "validation"), labelled(task, "test")
@@ -117,7 +118,8 @@ def run(baseline: Baseline, system: str, folder: Path | None = None) -> dict[str
     report["test"] = classification_metrics(labels_of(test), probabilities, threshold)
     report |= describe_words(baseline, test, probabilities, threshold)
     report["wall_seconds"] = round(time.perf_counter() - start, 2)
-    folder = folder or RESULTS / task.name / system / f"seed-{baseline.seed}"
+    results = RESULTS.parent / "outputs" / "results" if task.credentialed else RESULTS
+    folder = folder or results / task.name / system / f"seed-{baseline.seed}"
     predictions = [
         {"id": row["id"], "label": int(row["label"]), "probability": float(p), "logit": float(logit)}
         for row, p, logit in zip(test, probabilities, logits, strict=True)
@@ -133,7 +135,10 @@ def describe_words(
     """Alignment and language of a baseline's explanations by mode, and its collapse, where it has a language model."""
     task, found = baseline.task, defaultdict(dict)
     predicted = (probabilities >= threshold).astype(int)
+    start = time.perf_counter()
     explained = baseline.explain(rows, predicted.tolist())
+    if explained:
+        found["explain_seconds"] = round(time.perf_counter() - start, 2)
     judges = [make_judge(spec, task) for spec in DEFAULT_JUDGES] if explained else []
     for mode, explanations in explained.items():
         columns = {"probability": probabilities, "predicted": predicted, "explanation": explanations}
