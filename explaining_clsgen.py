@@ -44,7 +44,7 @@ class _SomeRowsEnded(StoppingCriteria):
         return (self.ended.float().mean() >= self.share).expand(len(input_ids))
 
 
-class _NoRepeatBehindPrompt(LogitsProcessor):
+class NoRepeatBehindPrompt(LogitsProcessor):
     """Forbids what would make `ngram_size` tokens stand twice behind the first `start` ones, for all rows at once."""
 
     def __init__(self, ngram_size: int, start: int):
@@ -133,7 +133,7 @@ class Prefill:
         if "max_length" not in options:
             options.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens or 128)
         if config.explanation_no_repeat_ngram_size:
-            ours = _NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, batch["input_ids"].shape[1])
+            ours = NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, batch["input_ids"].shape[1])
             options["logits_processor"] = LogitsProcessorList([ours, *options.get("logits_processor", ())])
         return {**batch, **options, "past_key_values": cache, "return_dict_in_generate": False}
 
