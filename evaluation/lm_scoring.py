@@ -1,0 +1,72 @@
+"""What a causal LM thinks of given tokens: log-likelihoods of continuations, in batches of left-padded rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from clsgen.batching_clsgen import pad_left, token_batches
+from clsgen.modeling_clsgen import positions_from_mask
+
+# Logits of a small model's vocabulary over this many tokens take 800 MB in float32.
+MAX_BATCH_TOKENS = 4096
+
+
+@torch.inference_mode()
+def continuation_log_likelihoods(
+    model: Any,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    description: str | None = None,
+) -> list[float]:
+    """Log-likelihood of each continuation given its prompt, summed over the continuation's tokens, in nats.
+
+    Args:
+        model (`PreTrainedModel`): Any causal LM; put into evaluation mode.
+        prompts (`Sequence[list[int]]`): Ids, at least one a row.
+        continuations (`Sequence[list[int]]`): Ids, at least one a row.
+        max_batch_tokens (`int`, *optional*, defaults to 4096): Most tokens of a batch, padding included.
+        description (`str`, *optional*): Of a progress bar; none without.
+
+    Returns:
+        `list[float]`, one a row, in the order of the rows.
+
+    Raises:
+        ValueError: An empty prompt or continuation.
+    """
+    if not all(prompts) or not all(continuations):
+        raise ValueError("Each prompt and each continuation needs a token at least.")
+    model.eval()
+    rows = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
+    found = [0.0] * len(rows)
+    with tqdm(total=len(rows), desc=description, disable=description is None) as bar:
+        for indices in token_batches([len(row) for row in rows], max_batch_tokens, None):
+            batch = pad_left([rows[i] for i in indices], 0, model.device)
+            # Stock models number the positions of left-padded rows wrongly unless told.
+            positions = positions_from_mask(batch["attention_mask"], batch["input_ids"].shape[1])
+            longest = max(len(continuations[i]) for i in indices)
+            logits = model(**batch, position_ids=positions, logits_to_keep=longest + 1).logits[:, :-1].float()
+            targets = batch["input_ids"][:, -longest:]
+            scores = logits.log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]  # (batch_size, longest)
+            for row, i in enumerate(indices):
+                found[i] = float(scores[row, -len(continuations[i]) :].double().sum())
+            bar.update(len(indices))
+    return found
+
+
+def answer_log_odds(
+    model: Any, prompts: Sequence[list[int]], answers: tuple[list[int], list[int]], description: str | None = None
+) -> list[float]:
+    """Log-odds of the answer for label 1 against that for label 0, as continuations of each prompt.
+
+    Args:
+        model, prompts, description: See [`continuation_log_likelihoods`].
+        answers (`tuple[list[int], list[int]]`): Ids of the answers for label 0 and label 1.
+    """
+    against, in_favour = (
+        continuation_log_likelihoods(model, prompts, [answer] * len(prompts), description=description)
+        for answer in answers
+    )
+    return [one - zero for zero, one in zip(against, in_favour, strict=True)]
