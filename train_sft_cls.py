@@ -10,12 +10,9 @@ import logging
 import math
 import os
 import resource
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +38,7 @@ from clsgen.checkpoint_folder import CARD_METRICS, write_checkpoint
 from clsgen.classification_metrics import classification_metrics
 from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
+from clsgen.run_record import describe_run
 from clsgen.tasks import Task, class_counts, load_task
 from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer, last_complete_checkpoint, resolve_pos_weight
 from clsgen.training_rows import encode_rows
@@ -49,7 +47,6 @@ from clsgen.warm_start import Probe, warm_start
 logger = logging.getLogger("clsgen.train_sft_cls")
 ROOT = Path(__file__).resolve().parent
 DEFAULT_RECIPE = ROOT / "recipes" / "trial_claims.yaml"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
 
 
 @dataclass
@@ -222,18 +219,6 @@ def score_test_split(
     return metrics, predictions
 
 
-def describe_run(argv: list[str]) -> dict[str, Any]:
-    """Command, commit and versions, for a result file that somebody can make again."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "command": shlex.join(["python", "train_sft_cls.py", *argv]),
-        "commit": commit or None,
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-    }
-
-
 def table(report: dict[str, Any]) -> str:
     """The report's splits as an aligned text table."""
     lines = [f"{'':24}" + "".join(f"{name:>18}" for name in CARD_METRICS)]
@@ -377,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": training.seed,
         "train_rows": class_counts(task.splits["train"]),
         "threshold_method": arguments.threshold_method,
-        **describe_run(argv),
+        **describe_run("train_sft_cls.py", argv),
         "started": started,
     }
     trainer, probe = train(task, arguments, training, model_arguments)

@@ -9,6 +9,7 @@ from scipy.stats import binomtest
 
 from clsgen.classification_metrics import check_labels, check_probabilities
 from clsgen.evaluation.resampling import (
+    Statistics,
     bootstrap_counts,
     leave_one_out_counts,
     metric_statistics,
@@ -60,19 +61,25 @@ def metrics_with_intervals(
     """
     labels, probabilities = check_labels(labels, probabilities), check_probabilities(probabilities)
     statistics = metric_statistics(labels, probabilities, threshold)
-    points = {name: float(value[0]) for name, value in statistics(np.ones((1, len(labels)))).items()}
-    drawn = over_chunks(bootstrap_counts(len(labels), samples, seed), statistics)
-    left_out = None
-    if 2 <= len(labels) <= MAX_JACKKNIFE_ROWS:
-        left_out = over_chunks(leave_one_out_counts(len(labels)), statistics)
+    points, drawn, left_out = _resampled(statistics, len(labels), samples, seed)
     estimates = {
-        name: interval(points[name], drawn[name], None if left_out is None else left_out[name], _reason(name, labels))
+        name: interval(points[name], drawn[name], left_out.get(name), _reason(name, labels))
         for name in points
         if name != "ece"
     }
     chance = perfectly_calibrated_errors(probabilities, samples, seed)
     estimates["ece"] = {**error_interval(points["ece"], drawn["ece"], chance), "by_chance": float(chance.mean())}
     return estimates
+
+
+def _resampled(
+    statistics: Statistics, rows: int, samples: int, seed: int
+) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Statistics of the rows as they are, of bootstrap samples, and (where they are not too many) without each row."""
+    points = {name: float(value[0]) for name, value in statistics(np.ones((1, rows))).items()}
+    drawn = over_chunks(bootstrap_counts(rows, samples, seed), statistics)
+    few = 2 <= rows <= MAX_JACKKNIFE_ROWS
+    return points, drawn, over_chunks(leave_one_out_counts(rows), statistics) if few else {}
 
 
 def _reason(name: str, labels: np.ndarray) -> str:
@@ -162,3 +169,42 @@ def share(part: int, whole: int, of_what: str) -> Estimate:
         return undefined(f"no {of_what}")
     low, high = binomtest(part, whole).proportion_ci(CONFIDENCE, method="wilson")
     return {"value": part / whole, "low": float(low), "high": float(high)}
+
+
+def agreement_with_intervals(
+    probabilities: ArrayLike, predicted: ArrayLike, judged: ArrayLike, samples: int = SAMPLES, seed: int = 0
+) -> dict[str, Estimate]:
+    """How far numbers agree with the labels that a judge reads in the words, with 95% intervals.
+
+    Args:
+        probabilities, predicted: Shape `(rows,)`, of label 1, and the label given.
+        judged: Shape `(rows,)`, the judge's label.
+        samples, seed (`int`): Of the bootstrap.
+
+    Returns:
+        `dict` of `auroc_alignment`, `kappa` (Cohen's) and `contradiction_rate`, as [`metrics_with_intervals`] gives
+        them.
+    """
+    if not len(judged):
+        reason = "no explanation was judged"
+        return {name: undefined(reason) for name in ("auroc_alignment", "kappa", "contradiction_rate")}
+    judged, predicted = check_labels(judged, probabilities), check_labels(predicted, probabilities)
+    of_ranks = metric_statistics(judged, check_probabilities(probabilities), 0.5)
+    agree = (judged == predicted).astype(np.float64)
+
+    def statistics(counts: np.ndarray) -> dict[str, np.ndarray]:
+        rows = counts.sum(axis=1)
+        agreement, said, read = counts @ agree / rows, counts @ predicted / rows, counts @ judged / rows
+        by_chance = said * read + (1 - said) * (1 - read)
+        one_label = (said % 1 == 0) | (read % 1 == 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            kappa = np.where(one_label, np.nan, (agreement - by_chance) / (1 - by_chance))
+        return {"auroc_alignment": of_ranks(counts)["auroc"], "kappa": kappa}
+
+    points, drawn, left_out = _resampled(statistics, len(judged), samples, seed)
+    reasons = {
+        "auroc_alignment": "the judge found one label only",
+        "kappa": "one label only was predicted, or found by the judge",
+    }
+    estimates = {name: interval(points[name], drawn[name], left_out.get(name), reasons[name]) for name in points}
+    return {**estimates, "contradiction_rate": share(int((agree == 0).sum()), len(judged), "judged explanations")}

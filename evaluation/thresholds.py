@@ -167,12 +167,7 @@ def threshold_sheet(
     for target in targets:
         entry: dict[str, Any] = {"target": {"kind": target.kind, "value": target.value}, "on_reported": None}
         if validation is None:
-            entry["threshold"] = {
-                "value": None,
-                "low": None,
-                "high": None,
-                "reason": "no validation rows to fit it on",
-            }
+            entry["threshold"] = undefined("no validation rows to fit it on")
         else:
             entry["threshold"] = fit_threshold(*validation, target, samples, seed)
         if entry["threshold"]["value"] is not None:
