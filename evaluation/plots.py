@@ -2,11 +2,13 @@
 
 import io
 import re
+from collections.abc import Callable
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from clsgen.evaluation.intervals import TAILS, share
 from clsgen.evaluation.resampling import RankedRows, bootstrap_counts
@@ -27,6 +29,7 @@ STYLE = {
 }  # fmt: skip
 GRID_POINTS = np.linspace(0, 1, 101)
 BAND_SAMPLES = 500
+Curve = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def _figure(width: float = 4.6, height: float = 3.7) -> tuple[Figure, matplotlib.axes.Axes]:
@@ -69,7 +72,7 @@ def _band(axes: matplotlib.axes.Axes, x: np.ndarray, drawn: np.ndarray, colour: 
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def roc_curve(false_positives: np.ndarray, true_positives: np.ndarray) -> np.ndarray:
+def sensitivity_at(false_positives: np.ndarray, true_positives: np.ndarray) -> np.ndarray:
     """Sensitivity at each of `GRID_POINTS` false positive rates, on straight lines between the thresholds."""
     return np.interp(
         GRID_POINTS,
@@ -78,7 +81,7 @@ def roc_curve(false_positives: np.ndarray, true_positives: np.ndarray) -> np.nda
     )
 
 
-def precision_curve(false_positives: np.ndarray, true_positives: np.ndarray) -> np.ndarray:
+def precision_at(false_positives: np.ndarray, true_positives: np.ndarray) -> np.ndarray:
     """Precision at each of `GRID_POINTS` recalls: that of the highest threshold that reaches the recall."""
     recall = true_positives[::-1] / true_positives[0]
     flagged = (true_positives + false_positives)[::-1]
@@ -89,27 +92,24 @@ def precision_curve(false_positives: np.ndarray, true_positives: np.ndarray) -> 
     return precision[np.minimum(reached, len(recall) - 1)]
 
 
-def _curves(labels: np.ndarray, probabilities: np.ndarray, curve, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The curve of the rows, and those of bootstrap samples that hold both labels."""
-    ranked = RankedRows(labels, probabilities)
-
-    def of(counts: np.ndarray) -> np.ndarray:
+def _sampled(labels: np.ndarray, probabilities: np.ndarray, curve: Curve, seed: int) -> np.ndarray:
+    """The curves of those bootstrap samples that hold both labels, shape `(samples, points)`."""
+    ranked, curves = RankedRows(labels, probabilities), []
+    for counts in bootstrap_counts(len(labels), BAND_SAMPLES, seed):
         true_positives, false_positives = ranked.at_or_above(counts, ranked.values)
-        both = (true_positives[:, 0] > 0) & (false_positives[:, 0] > 0)
-        pairs = zip(false_positives[both], true_positives[both], strict=True)
-        return np.array([curve(false, true) for false, true in pairs])
-
-    samples = [of(counts) for counts in bootstrap_counts(len(labels), BAND_SAMPLES, seed)]
-    return of(np.ones((1, len(labels))))[0], np.concatenate([sample for sample in samples if len(sample)])
+        for true, false in zip(true_positives, false_positives, strict=True):
+            if true[0] and false[0]:
+                curves.append(curve(false, true))
+    return np.array(curves)
 
 
 @_drawn
 def roc(labels: np.ndarray, probabilities: np.ndarray, threshold: float, seed: int = 0) -> Figure:
     """ROC curve with its pointwise 95% band, and the operating point of the stored threshold."""
     figure, axes = _figure()
-    curve, drawn = _curves(labels, probabilities, roc_curve, seed)
-    _band(axes, GRID_POINTS, drawn, ONE)
-    axes.plot(GRID_POINTS, curve, color=ONE, label="model, 95% band")
+    _band(axes, GRID_POINTS, _sampled(labels, probabilities, sensitivity_at, seed), ONE)
+    false_positive_rate, sensitivity, _ = roc_curve(labels, probabilities, drop_intermediate=False)
+    axes.plot(false_positive_rate, sensitivity, color=ONE, label="model, 95% band")
     axes.plot([0, 1], [0, 1], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.2, label="chance")
     flagged = probabilities >= threshold
     axes.plot(
@@ -125,9 +125,11 @@ def roc(labels: np.ndarray, probabilities: np.ndarray, threshold: float, seed: i
 def precision_recall(labels: np.ndarray, probabilities: np.ndarray, threshold: float, seed: int = 0) -> Figure:
     """Precision-recall curve with its pointwise 95% band, and the operating point of the stored threshold."""
     figure, axes = _figure()
-    curve, drawn = _curves(labels, probabilities, precision_curve, seed)
-    _band(axes, GRID_POINTS, drawn, ONE)
-    axes.plot(GRID_POINTS, curve, color=ONE, drawstyle="steps-pre", label="model, 95% band")
+    _band(axes, GRID_POINTS, _sampled(labels, probabilities, precision_at, seed), ONE)
+    precision, recall, _ = precision_recall_curve(labels, probabilities)
+    precision[-1] = precision[-2]  # scikit-learn's last point stands for no threshold
+    first = np.flatnonzero(recall == 1)[-1]  # lower thresholds find nothing more
+    axes.plot(recall[first:], precision[first:], color=ONE, drawstyle="steps-post", label="model, 95% band")
     axes.axhline(labels.mean(), color=MUTED, linestyle=(0, (2, 2)), linewidth=1.2, label="base rate")
     flagged = probabilities >= threshold
     if flagged.any():
@@ -171,7 +173,9 @@ def histogram(labels: np.ndarray, probabilities: np.ndarray, threshold: float, n
             facecolor=colour if label else PAPER, linewidth=0.8, label=f"{names[label]} ({int(counts.sum())} rows)",
         )  # fmt: skip
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.axvline(threshold, color=INK, linestyle=(0, (4, 2)), linewidth=1.2, label=f"threshold {threshold:.2f}")
+    axes.axvline(
+        threshold, ymax=0.8, color=INK, linestyle=(0, (4, 2)), linewidth=1.2, label=f"threshold {threshold:.2f}"
+    )
     limit = max(1, *np.abs(axes.get_ylim()))
     axes.set(xlabel="Probability of label 1", ylabel="Rows", xlim=(-0.02, 1.02), ylim=(-limit, limit * 1.45))
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
@@ -189,7 +193,7 @@ def net_benefit(true_positives: np.ndarray, false_positives: np.ndarray, rows: f
 def decision_curve(labels: np.ndarray, probabilities: np.ndarray, seed: int = 0) -> Figure:
     """Net benefit against the threshold at which one would act, beside acting on all and on none."""
     figure, axes = _figure()
-    thresholds, rows = np.linspace(0.01, 0.99, 99), len(labels)
+    thresholds, rows = np.linspace(0.01, 0.95, 95), len(labels)
     ranked = RankedRows(labels, probabilities)
     curve = net_benefit(*ranked.at_or_above(np.ones((1, rows)), thresholds), rows, thresholds)[0]
     drawn = [
@@ -198,7 +202,7 @@ def decision_curve(labels: np.ndarray, probabilities: np.ndarray, seed: int = 0)
     ]
     _band(axes, thresholds, np.concatenate(drawn), ONE)
     positive = int(labels.sum())
-    on_all = net_benefit(np.full(99, positive), np.full(99, rows - positive), rows, thresholds)
+    on_all = net_benefit(np.full(95, positive), np.full(95, rows - positive), rows, thresholds)
     axes.plot(thresholds, curve, color=ONE, label="model, 95% band")
     axes.plot(thresholds, on_all, color=ZERO, linestyle=(0, (5, 2)), linewidth=1.5, label="act on all")
     axes.axhline(0, color=MUTED, linestyle=(0, (2, 2)), linewidth=1.2, label="act on none")

@@ -128,7 +128,10 @@ def classification(evaluated: Evaluated) -> Section:
         f"error of {metrics['ece']['by_chance']:.3f} by chance alone."
     )
     figures = [
-        Plot("reliability", "Reliability", plots.reliability(labels, probabilities), "On the line: the number can be taken at its word"),
+        Plot(
+            "reliability", "Reliability", plots.reliability(labels, probabilities),
+            "On the line: the number can be taken at its word",
+        ),
         Plot(
             "histogram", "Probabilities by label", plots.histogram(labels, probabilities, threshold, evaluated.labels),
             "Upwards label 1, downwards label 0",
@@ -140,9 +143,13 @@ def classification(evaluated: Evaluated) -> Section:
     ]  # fmt: skip
     if 0 < labels.sum() < len(labels):
         curves = [
-            Plot("roc", "ROC curve", plots.roc(labels, probabilities, threshold, seed), f"AUROC {shown(metrics['auroc'])}"),
             Plot(
-                "precision_recall", "Precision and recall", plots.precision_recall(labels, probabilities, threshold, seed),
+                "roc", "ROC curve", plots.roc(labels, probabilities, threshold, seed),
+                f"AUROC {shown(metrics['auroc'])}",
+            ),
+            Plot(
+                "precision_recall", "Precision and recall",
+                plots.precision_recall(labels, probabilities, threshold, seed),
                 f"Average precision {shown(metrics['average_precision'])}",
             ),
         ]  # fmt: skip
@@ -179,7 +186,10 @@ def calibration(evaluated: Evaluated) -> Section:
         "data", "rows", "mean probability", "share of label 1", "calibration error", "of it by chance", "Brier score",
         "AUROC",
     ]  # fmt: skip
-    note = "Calibration error over bins of equal mass. Calibration holds for data like those it was fitted on; others need their own."
+    note = (
+        "Calibration error over bins of equal mass. Calibration holds for data like those it was fitted on; others "
+        "need their own."
+    )
     if not evaluated.others:
         note += " No other data set was named: see --also_on."
     blocks = [Table(columns, rows, note), *([Plots(figures)] if figures else [])]
@@ -232,7 +242,10 @@ def comparison(evaluated: Evaluated) -> Section | None:
         tested = result["mcnemar"]
         told = f"{tested['only_ours_right']} / {tested['only_theirs_right']}"
         rows.append([f"{name}: rows that only we / only they get right", told, _p_value(tested, "McNemar, exact")])
-    note = "The same rows and the same bootstrap draws for both systems; p values are two-sided and not corrected for their number."
+    note = (
+        "The same rows and the same bootstrap draws for both systems; p values are two-sided and not corrected for "
+        "their number."
+    )
     return Section(numbers, Part("Against other systems", [Table(["", "", "p"], rows, note)]))
 
 
@@ -358,7 +371,8 @@ def examples(evaluated: Evaluated) -> Section | None:
         "Right": ("The surest right decisions.", distance[right].nlargest(evaluated.examples)),
         "Wrong": ("The surest wrong decisions.", distance[~right].nlargest(evaluated.examples)),
         "Contradictory": (
-            "Words that, by the judge, argue against the decision.", distance[contradicts].nlargest(evaluated.examples),
+            "Words that, by the judge, argue against the decision.",
+            distance[contradicts].nlargest(evaluated.examples),
         ),
         "Least certain": ("The nearest to the threshold.", distance.nsmallest(evaluated.examples)),
     }  # fmt: skip
