@@ -128,6 +128,7 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     evaluated.targets = targets
     evaluated.compared = {name: _checked(name, frame, evaluated.numbers) for name, frame in compared.items()}
     _judge(evaluated, task, arguments)
+    write_rows(output_dir / "predictions.parquet", table_rows(list(evaluated.modes.values())), SCHEMA)
     if arguments.backbone:
         logger.info("Perplexity, the model's and that of %s", arguments.backbone)
         evaluated.collapse = perplexity_report(model, arguments.backbone, task)
@@ -237,7 +238,6 @@ def _record(
 def _write(
     output_dir: Path, evaluated: Evaluated, sections: dict[str, Section], metrics: dict[str, Any], task: Task
 ) -> None:
-    write_rows(output_dir / "predictions.parquet", table_rows(list(evaluated.modes.values())), SCHEMA)
     report = _report(evaluated, sections, metrics, task)
     (output_dir / "plots").mkdir(exist_ok=True)
     for plot in report.plots:

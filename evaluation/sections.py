@@ -320,7 +320,7 @@ def leakage(evaluated: Evaluated) -> Section | None:
 def _or_reason(report: dict[str, Any], name: str, value: Any) -> str:
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         return f"undefined: {report['undefined'].get(name, 'no rows')}"
-    return str(value) if isinstance(value, int) else number(value)
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def language(evaluated: Evaluated) -> Section | None:
