@@ -116,9 +116,7 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
         ValueError, OSError: for arguments, a task, texts or files that can't be used.
     """
     targets = arguments.targets
-    compared = {Path(path).stem: read_predictions(Path(path)) for path in arguments.compare}
-    if len(compared) < len(arguments.compare):
-        compared = {path: read_predictions(Path(path)) for path in arguments.compare}
+    compared = {path: read_predictions(Path(path)) for path in arguments.compare}
     task = load_task(arguments.task, arguments.data_dir)
     other_tasks = [load_task(name) for name in arguments.also_on]
     output_dir = Path(arguments.output_dir or Path("outputs") / task.name / "evaluation")

@@ -186,11 +186,12 @@ def table_rows(frames: list[pd.DataFrame]) -> Iterator[dict[str, Any]]:
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """Another system's predictions: CSV, JSONL or Parquet, one row a text.
+    """Another system's predictions, one row a text.
 
     Args:
-        path (`Path`): With the columns `id` and `probability`, and where there are any `gold` and `predicted`. Of rows
-            that differ in `mode` alone (as ours do), the first mode is taken.
+        path (`Path`): CSV, JSONL, Parquet, or a JSON list (as `train_sft_cls.py` writes its `test_predictions.json`).
+            With the columns `id` and `probability`, and where there are any `gold` (or `label`) and `predicted`. Of
+            rows that differ in `mode` alone (as ours do), the first mode is taken.
 
     Returns:
         `pandas.DataFrame`, indexed by `id` (`str`).
@@ -198,7 +199,10 @@ def read_predictions(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: a missing column, an id that stands twice, a probability that is none.
     """
-    frame = pd.DataFrame(read_rows(path))
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_rows(path)
+    frame = pd.DataFrame(rows)
+    if "gold" not in frame:
+        frame = frame.rename(columns={"label": "gold"})
     missing = [name for name in ("id", "probability") if name not in frame]
     if missing:
         raise ValueError(f"{path}: missing column(s) {missing}; found {list(frame.columns)}.")

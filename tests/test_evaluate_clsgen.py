@@ -162,18 +162,24 @@ def test_compared_with_another_system(checkpoint, task, tmp_path):
         theirs, index=False
     )
     found = evaluate(checkpoint, task, tmp_path / "out", compare=[str(ours), str(theirs)])["comparison"]
-    assert found["predictions"]["delong"]["reason"] == "the two models rank the rows alike"
-    assert found["theirs"]["rows"] == 11
-    assert found["theirs"]["rows_not_shared"] == 1
+    assert found[str(ours)]["delong"]["reason"] == "the two models rank the rows alike"
+    assert found[str(theirs)]["rows"] == 11
+    assert found[str(theirs)]["rows_not_shared"] == 1
     probabilities = pd.read_parquet(ours)["probability"][:11]
     auroc = roc_auc_score([i % 2 for i in range(11)], probabilities)
-    assert found["theirs"]["differences"]["auroc"]["value"] == pytest.approx(auroc - 1)
+    assert found[str(theirs)]["differences"]["auroc"]["value"] == pytest.approx(auroc - 1)
     pd.DataFrame({"id": ["test-0"], "probability": [0.5], "gold": [1]}).to_csv(theirs, index=False)
     with pytest.raises(ValueError, match="gold labels are not those"):
         evaluate(checkpoint, task, tmp_path / "out", compare=[str(theirs)])
     pd.DataFrame({"id": ["elsewhere"], "probability": [0.5]}).to_csv(theirs, index=False)
     with pytest.raises(ValueError, match="none of its ids"):
         evaluate(checkpoint, task, tmp_path / "out", compare=[str(theirs)])
+
+
+def test_a_json_list_of_predictions_is_read(tmp_path):
+    (tmp_path / "test_predictions.json").write_text('[{"id": 7, "label": 1, "probability": 0.25, "logit": -1}]')
+    frame = read_predictions(tmp_path / "test_predictions.json")
+    assert frame.loc["7", ["gold", "probability"]].tolist() == [1, 0.25]
 
 
 @pytest.mark.parametrize(
