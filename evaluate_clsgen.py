@@ -4,9 +4,9 @@ python evaluate_clsgen.py --model outputs/trial_claims/model --task trial_claims
 python evaluate_clsgen.py --model outputs/trial_claims/model --task trial_claims --modes none --compare other.parquet
 """
 
-import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,32 @@ from transformers import AutoModel, HfArgumentParser
 from clsgen.atomic_io import write_json
 from clsgen.evaluation.alignment import alignment_report
 from clsgen.evaluation.collapse import perplexity_report
+from clsgen.evaluation.evaluated import Evaluated, Section, number, spread
 from clsgen.evaluation.judges import DEFAULT_JUDGES, make_judge
+from clsgen.evaluation.number_sections import calibration, classification, comparison, thresholds
 from clsgen.evaluation.predictions import SCHEMA, labelled_texts, predict, read_predictions, table_rows
 from clsgen.evaluation.report import Report
-from clsgen.evaluation.sections import SECTIONS, Evaluated, Section, number, spread
 from clsgen.evaluation.thresholds import Target
+from clsgen.evaluation.word_sections import alignment, collapse, examples, language, leakage
+from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.run_record import describe_run
 from clsgen.table_files import write_rows
 from clsgen.tasks import SPLITS, Task, load_task
 
 logger = logging.getLogger("clsgen.evaluate_clsgen")
 MODES = ("guided", "free", "none")
+# The parts of an evaluation, in the report's order; a further one is a function and its entry here.
+SECTIONS: dict[str, Callable[[Evaluated], Section | None]] = {
+    "classification": classification,
+    "calibration": calibration,
+    "thresholds": thresholds,
+    "comparison": comparison,
+    "alignment": alignment,
+    "leakage": leakage,
+    "language": language,
+    "collapse": collapse,
+    "examples": examples,
+}
 HEADLINE = {
     "auroc": "AUROC", "average_precision": "Average precision", "f1": "F1", "brier": "Brier score",
     "ece": "Calibration error",
@@ -164,9 +179,16 @@ def _predicted(
         other_rows, others[f"{other.name}/{split}"] = answers(other, split, "none")
         logger.info("%s: %d rows", other_rows.name, len(other_rows.ids))
     return Evaluated(
-        rows, modes, model.config.threshold, tuple(model.config.label_names), validation, others,
-        examples=arguments.examples, samples=arguments.bootstrap_samples, seed=arguments.seed,
+        rows, modes, model.config.threshold, tuple(model.config.label_names), _relation(model, task, arguments.split),
+        validation, others, examples=arguments.examples, samples=arguments.bootstrap_samples, seed=arguments.seed,
     )  # fmt: skip
+
+
+def _relation(model: Any, task: Task, split: str) -> str:
+    """What a split is to the model, as far as its config tells."""
+    if TaskPrompt.from_dict(model.config.prompt) != TaskPrompt.from_dict(task.prompt):
+        return "of another task than the model's"
+    return {"train": "trained on it", "validation": "calibrated on it", "test": "not seen"}[split]
 
 
 def _judge(evaluated: Evaluated, task: Task, arguments: EvaluationArguments) -> None:
@@ -297,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("Interrupted. The same command goes on from here.")
         return 130
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         logger.error("%s", error)
         return 1
     output_dir = Path(arguments.output_dir or Path("outputs") / metrics["task"] / "evaluation")

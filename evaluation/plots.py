@@ -103,6 +103,11 @@ def _sampled(labels: np.ndarray, probabilities: np.ndarray, curve: Curve, seed: 
     return np.array(curves)
 
 
+def _mark(axes: matplotlib.axes.Axes, x: float, y: float, threshold: float) -> None:
+    label = f"at threshold {threshold:.2f}"
+    axes.plot([x], [y], "o", color=ZERO, markersize=8, markeredgecolor=PAPER, label=label)
+
+
 @_drawn
 def roc(labels: np.ndarray, probabilities: np.ndarray, threshold: float, seed: int = 0) -> Figure:
     """ROC curve with its pointwise 95% band, and the operating point of the stored threshold."""
@@ -112,10 +117,7 @@ def roc(labels: np.ndarray, probabilities: np.ndarray, threshold: float, seed: i
     axes.plot(false_positive_rate, sensitivity, color=ONE, label="model, 95% band")
     axes.plot([0, 1], [0, 1], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.2, label="chance")
     flagged = probabilities >= threshold
-    axes.plot(
-        [flagged[labels == 0].mean()], [flagged[labels == 1].mean()], "o", color=ZERO, markersize=8,
-        markeredgecolor=PAPER, label=f"at threshold {threshold:.2f}",
-    )  # fmt: skip
+    _mark(axes, flagged[labels == 0].mean(), flagged[labels == 1].mean(), threshold)
     axes.set(xlabel="1 - specificity", ylabel="Sensitivity", xlim=(-0.02, 1.02), ylim=(-0.02, 1.04))
     axes.legend(loc="lower right")
     return figure
@@ -133,10 +135,7 @@ def precision_recall(labels: np.ndarray, probabilities: np.ndarray, threshold: f
     axes.axhline(labels.mean(), color=MUTED, linestyle=(0, (2, 2)), linewidth=1.2, label="base rate")
     flagged = probabilities >= threshold
     if flagged.any():
-        axes.plot(
-            [flagged[labels == 1].mean()], [labels[flagged].mean()], "o", color=ZERO, markersize=8,
-            markeredgecolor=PAPER, label=f"at threshold {threshold:.2f}",
-        )  # fmt: skip
+        _mark(axes, flagged[labels == 1].mean(), labels[flagged].mean(), threshold)
     axes.set(xlabel="Recall", ylabel="Precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.04))
     axes.legend(loc="lower left")
     return figure
