@@ -223,7 +223,7 @@ def alignment(rows: pd.DataFrame, threshold: float, names: tuple[str, str]) -> F
     x = judged["probability"].to_numpy(float)
     agree = (judged["judged_label"] == judged["predicted"]).to_numpy()
     axes.axhline(0.5, color=MUTED, linestyle=(0, (2, 2)), linewidth=1.0)
-    axes.axvline(threshold, color=MUTED, linestyle=(0, (4, 2)), linewidth=1.0)
+    axes.axvline(threshold, ymax=0.84, color=MUTED, linestyle=(0, (4, 2)), linewidth=1.0)
     for keep, colour, marker, label in ((agree, ONE, "o", "agree"), (~agree, ZERO, "X", "contradict")):
         axes.scatter(
             x[keep], y[keep], s=38, c=colour, marker=marker, alpha=0.75, linewidths=0, label=f"{label} ({keep.sum()})"
