@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.requirements-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv backbone demo test test-slow check format clean
+.PHONY: help venv backbone demo test test-slow table check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: check ## check, then run the quick tests
 
 test-slow: $(INSTALLED) ## run the tests that need minutes
 	$(BIN)/python -m pytest -m slow
+
+table: $(INSTALLED) ## rebuild results/table.csv and table.md from the result files
+	$(BIN)/python -m benchmarks.table
 
 format: $(INSTALLED) ## fix what the linter can fix, and format
 	$(BIN)/ruff check --fix .

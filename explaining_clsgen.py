@@ -45,7 +45,7 @@ class _SomeRowsEnded(StoppingCriteria):
         return (self.ended.float().mean() >= self.share).expand(len(input_ids))
 
 
-class _NoRepeatBehindPrompt(LogitsProcessor):
+class NoRepeatBehindPrompt(LogitsProcessor):
     """transformers' `NoRepeatNGramLogitsProcessor` for what stands behind the first `start` tokens."""
 
     def __init__(self, ngram_size: int, start: int):
@@ -122,7 +122,7 @@ class Prefill:
         if "max_length" not in options:
             options.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens or 128)
         if config.explanation_no_repeat_ngram_size:
-            ours = _NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, batch["input_ids"].shape[1])
+            ours = NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, batch["input_ids"].shape[1])
             options["logits_processor"] = LogitsProcessorList([ours, *options.get("logits_processor", ())])
         return {**batch, **options, "past_key_values": cache, "return_dict_in_generate": False}
 

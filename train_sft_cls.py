@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModel, EarlyStoppingCallback, set_seed
+from transformers import AutoModel, EarlyStoppingCallback, PreTrainedModel, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
@@ -113,7 +113,7 @@ def parse_reads(reads: list[str] | None) -> list[tuple[int, str]] | None:
     return parsed or None
 
 
-def lora_config(model: ClsGenForCausalLMAndClassification, arguments: ModelArguments) -> LoraConfig | None:
+def lora_config(model: PreTrainedModel, arguments: ModelArguments) -> LoraConfig | None:
     """LoRA as asked for; on all of the backbone's linear layers unless `lora_target_modules` names some."""
     config = get_peft_config(arguments)
     if config is None:
@@ -125,7 +125,7 @@ def lora_config(model: ClsGenForCausalLMAndClassification, arguments: ModelArgum
             if type(module).__name__ == "Conv1D" or isinstance(module, torch.nn.Linear)
         }
         config.target_modules = linear
-    layers = model.config.text_config.num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
     if arguments.lora_first_layer >= layers:
         raise ValueError(
             f"`lora_first_layer` is {arguments.lora_first_layer}, but this backbone has {layers} layers: nothing "

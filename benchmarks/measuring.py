@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers")
+PACKAGES = ("torch", "transformers", "trl", "peft", "scikit-learn")
 
 
 def take_turns(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -50,10 +50,11 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_run() -> dict[str, Any]:
     """Machine, versions and command, for a result file."""
+    module = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
     return {
         "machine": describe_machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "command": shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
 
 

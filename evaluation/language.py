@@ -66,7 +66,7 @@ def language_report(
     for name, values in (("texts", texts), ("references", references)):
         if values is not None and len(values) != len(explanations):
             raise ValueError(f"One of `{name}` a row is needed: got {len(values)} for {len(explanations)} rows.")
-    kept = [i for i, explanation in enumerate(explanations) if explanation and explanation.strip()]
+    kept = [i for i, explanation in enumerate(explanations) if _is_written(explanation)]
     written = [explanations[i].strip() for i in kept]
     report: dict[str, Any] = {"rows": len(explanations), "explained": len(written)}
     report.update(_readability(written))
@@ -76,11 +76,16 @@ def language_report(
     pairs = [
         (explanation, references[i].strip())
         for i, explanation in zip(kept, written, strict=True)
-        if references is not None and references[i] and references[i].strip()
+        if references is not None and _is_written(references[i])
     ]
     report.update(_likeness(pairs, similarity))
     report["undefined"] = _reasons(report, texts is not None, bool(pairs), similarity)
     return report
+
+
+def _is_written(text: Any) -> bool:
+    """Whether there is a text at all; tables also have nan for none."""
+    return isinstance(text, str) and bool(text.strip())
 
 
 def _mean(values: Sequence[float]) -> float:

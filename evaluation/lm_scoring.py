@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 from clsgen.batching_clsgen import pad_left, token_batches
 from clsgen.modeling_clsgen import positions_from_mask
 
-# Logits of a small model's vocabulary over this many tokens take 800 MB in float32.
-MAX_BATCH_TOKENS = 4096
+# Logits of a small vocabulary over this many tokens take 400 MB in float32.
+MAX_BATCH_TOKENS = 2048
 
 
 @torch.inference_mode()
@@ -27,7 +27,7 @@ def continuation_log_likelihoods(
         model (`PreTrainedModel`): Any causal LM; put into evaluation mode.
         prompts (`Sequence[list[int]]`): Ids, at least one a row.
         continuations (`Sequence[list[int]]`): Ids, at least one a row.
-        max_batch_tokens (`int`, *optional*, defaults to 4096): Most tokens of a batch, padding included.
+        max_batch_tokens (`int`, *optional*, defaults to 2048): Most tokens of a batch, padding included.
         description (`str`, *optional*): Of a progress bar; none without.
 
     Returns:

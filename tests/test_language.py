@@ -121,7 +121,7 @@ class TestReport:
         assert alone["similarity"] == pytest.approx(1.0, abs=1e-5)
         assert 0.3 < report["similarity"] < 0.8
 
-    @pytest.mark.parametrize("explanations", [[], [None], ["", " "]])
+    @pytest.mark.parametrize("explanations", [[], [None], ["", " "], [math.nan]])
     def test_nothing_to_measure(self, explanations):
         report = language_report(explanations)
         undefined = {name for name, value in report.items() if isinstance(value, float)}

@@ -13,9 +13,10 @@ def compute(table, configuration, threshold):
     """The metric of the table's rows."""
     metric = evaluate.load(str(FOLDER), configuration)
     try:
-        rows = [(float(probability), int(label)) for probability, label in table if {probability, label} - {None, ""}]
-        if not rows:
-            raise ValueError("Give a row at least.")
+        filled = [row for row in table if set(row) - {None, ""}]
+        if not filled or any({None, ""} & set(row) for row in filled):
+            raise ValueError("Give a row at least, and both a probability and a label in each.")
+        rows = [(float(probability), int(label)) for probability, label in filled]
         found = metric.compute(
             predictions=[row[0] for row in rows], references=[row[1] for row in rows], threshold=threshold
         )

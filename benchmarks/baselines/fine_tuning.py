@@ -1,0 +1,226 @@
+"""The backbone, fine-tuned as one would without CLSGen: on words alone, on labels alone, and two copies for both."""
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from sklearn.metrics import roc_auc_score
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    LogitsProcessorList,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.baselines.running import Baseline, Row, labelled, labels_of
+from clsgen.batching_clsgen import pad_left, token_batches
+from clsgen.evaluation.lm_scoring import answer_log_odds
+from clsgen.explaining_clsgen import NoRepeatBehindPrompt
+from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
+from clsgen.train_sft_cls import ModelArguments, lora_config
+from clsgen.training_rows import encode_rows
+
+NO_REPEAT_NGRAM_SIZE = 6  # as CLSGen's checkpoints
+MAX_BATCH_TOKENS = 8192
+COMMON = {
+    "lora_first_layer": 0, "lora_r": 16, "lora_alpha": 32, "batch_size": 4, "max_prompt_length": 1024,
+}  # fmt: skip
+
+
+class _FineTuned(Baseline):
+    """LoRA on all linear layers from `lora_first_layer` on; prompts are CLSGen's."""
+
+    def encoder(self) -> PromptEncoder:
+        tokenizer = AutoTokenizer.from_pretrained(self.backbone)
+        return PromptEncoder(tokenizer, TaskPrompt.from_dict(self.task.prompt), self.settings["max_prompt_length"])
+
+    def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        return [self._encoder.encode({name: row[name] for name in self.task.fields}).input_ids for row in rows]
+
+    def lora(self, model: PreTrainedModel, task_type: str) -> LoraConfig:
+        names = ("lora_r", "lora_alpha", "lora_first_layer")
+        chosen = {name: self.settings[name] for name in names}
+        return lora_config(model, ModelArguments(use_peft=True, lora_dropout=0.0, lora_task_type=task_type, **chosen))
+
+    def training(self, folder: str) -> dict[str, Any]:
+        """Arguments that transformers' and TRL's trainers share."""
+        return {
+            "output_dir": folder,
+            "num_train_epochs": self.settings["epochs"],
+            "learning_rate": self.settings["learning_rate"],
+            "per_device_train_batch_size": self.settings["batch_size"],
+            "per_device_eval_batch_size": 2 * self.settings["batch_size"],
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 5,
+            "seed": self.seed,
+            "logging_steps": 10,
+            "report_to": "none",
+            "bf16": False,
+            "dataloader_pin_memory": False,
+        }
+
+
+class SftOnly(_FineTuned):
+    """TRL's `SFTTrainer` on verdict line and explanation; the probability is that of the verdict's tokens.
+
+    Schedule, LoRA and explanations are those of CLSGen's recipe for `trial_claims`; there is no head. A row without an
+    explanation teaches the verdict line alone.
+    """
+
+    options = {  # noqa: RUF012
+        **COMMON, "epochs": 1, "learning_rate": 1e-3, "lora_first_layer": 20, "max_explanation_length": 128,
+    }  # fmt: skip
+
+    def fit(self) -> dict[str, Any]:
+        self._encoder = self.encoder()
+        rows = [{**row, "explanation": row["explanation"] or " "} for row in labelled(self.task, "train")]
+        encoded = encode_rows(
+            Dataset.from_list(rows), self._encoder, self.settings["max_explanation_length"], guided=True
+        )
+        model = AutoModelForCausalLM.from_pretrained(self.backbone, dtype=torch.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = SFTConfig(
+                **self.training(folder), max_length=None, save_strategy="no", activation_checkpointing=False
+            )
+            trainer = SFTTrainer(
+                model,
+                args=arguments,
+                train_dataset=encoded.select_columns(["input_ids", "labels"]),
+                processing_class=self._encoder.tokenizer,
+                peft_config=self.lora(model, "CAUSAL_LM"),
+            )
+            outcome = trainer.train()
+        self._model = trainer.model.merge_and_unload().eval()
+        return {"train_loss": outcome.training_loss, "steps": outcome.global_step}
+
+    def logits(self, rows: Sequence[Row]) -> np.ndarray:
+        answers = (self._encoder.encode_verdict(0), self._encoder.encode_verdict(1))
+        return np.array(answer_log_odds(self._model, self.prompts(rows), answers, description="Verdicts"))
+
+    def explain(self, rows: Sequence[Row], predicted: Sequence[int]) -> dict[str, list[str]]:
+        prompts = self.prompts(rows)
+        return {"free": self.generate(prompts), "guided": self.generate(prompts, predicted)}
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], labels: Sequence[int] | None = None) -> list[str]:
+        """Greedy explanations, without their verdict line; after the verdict lines of `labels`, where given."""
+        if labels is not None:
+            prompts = [[*p, *self._encoder.encode_verdict(label)] for p, label in zip(prompts, labels, strict=True)]
+        found, tokenizer = [""] * len(prompts), self._encoder.tokenizer
+        stop = [i for i in (tokenizer.eos_token_id, self._encoder.end_of_turn_id) if i is not None]
+        with tqdm(total=len(prompts), desc="Explaining") as bar:
+            for indices in token_batches(list(map(len, prompts)), MAX_BATCH_TOKENS):
+                batch = pad_left([prompts[i] for i in indices], tokenizer.pad_token_id or 0)
+                start = batch["input_ids"].shape[1]
+                ids = self._model.generate(
+                    **batch,
+                    do_sample=False,
+                    max_new_tokens=self.settings["max_explanation_length"],
+                    eos_token_id=stop,
+                    logits_processor=LogitsProcessorList([NoRepeatBehindPrompt(NO_REPEAT_NGRAM_SIZE, start)]),
+                )
+                texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+                for i, text in zip(indices, texts, strict=True):
+                    found[i] = self._encoder.prompt.strip_verdict_line(text)
+                bar.update(len(indices))
+        return found
+
+    def language_model(self) -> Any:
+        return self._model
+
+
+def _auroc(evaluated: EvalPrediction) -> dict[str, float]:
+    scores = evaluated.predictions
+    return {"auroc": roc_auc_score(evaluated.label_ids, scores[:, 1] - scores[:, 0])}
+
+
+class ClassificationOnly(_FineTuned):
+    """`AutoModelForSequenceClassification` with LoRA; the epoch is that of the best validation AUROC."""
+
+    options = {**COMMON, "epochs": 3, "learning_rate": 2e-4}  # noqa: RUF012
+
+    def fit(self) -> dict[str, Any]:
+        self._encoder = self.encoder()
+        tokenizer = self._encoder.tokenizer
+        model = AutoModelForSequenceClassification.from_pretrained(self.backbone, num_labels=2, dtype=torch.float32)
+        # The head reads the last token that is not padding; a prompt's last is the template's, never this one.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model = get_peft_model(model, self.lora(model, "SEQ_CLS"))
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                **self.training(folder),
+                eval_strategy="epoch",
+                save_strategy="epoch",
+                save_total_limit=1,
+                load_best_model_at_end=True,
+                metric_for_best_model="auroc",
+            )
+            trainer = Trainer(
+                model,
+                arguments,
+                train_dataset=self._encoded(labelled(self.task, "train")),
+                eval_dataset=self._encoded(labelled(self.task, "validation")),
+                data_collator=DataCollatorWithPadding(tokenizer),
+                processing_class=tokenizer,
+                compute_metrics=_auroc,
+            )
+            outcome = trainer.train()
+        self._model = model.merge_and_unload().eval()
+        aurocs = [entry["eval_auroc"] for entry in trainer.state.log_history if "eval_auroc" in entry]
+        return {"train_loss": outcome.training_loss, "steps": outcome.global_step, "validation_aurocs": aurocs}
+
+    def _encoded(self, rows: Sequence[Row]) -> Dataset:
+        return Dataset.from_dict({"input_ids": self.prompts(rows), "labels": labels_of(rows)})
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[Row]) -> np.ndarray:
+        prompts, tokenizer = self.prompts(rows), self._encoder.tokenizer
+        found = np.zeros(len(prompts))
+        for indices in token_batches(list(map(len, prompts)), MAX_BATCH_TOKENS):
+            batch = tokenizer.pad({"input_ids": [prompts[i] for i in indices]}, return_tensors="pt")
+            scores = self._model(**batch).logits.double()
+            found[indices] = (scores[:, 1] - scores[:, 0]).numpy()
+        return found
+
+    def language_model(self) -> Any:
+        """The trained body under the backbone's own LM head: what is left of its language."""
+        lm = AutoModelForCausalLM.from_pretrained(self.backbone, dtype=torch.float32)
+        lm.get_decoder().load_state_dict(self._model.base_model.state_dict())
+        return lm.eval()
+
+
+class TwoModels(Baseline):
+    """A classifier and an explainer, each a whole copy of the backbone: the price of not sharing.
+
+    The classifier is `classification-only`, the explainer `sft-only`, which writes after the classifier's verdict.
+    """
+
+    options = {"classifier": {}, "explainer": {}}  # noqa: RUF012
+
+    def fit(self) -> dict[str, Any]:
+        arguments = (self.task, self.seed, self.backbone)
+        self._classifier = ClassificationOnly(*arguments, **self.settings["classifier"])
+        self._explainer = SftOnly(*arguments, **self.settings["explainer"])
+        return {"classifier": self._classifier.fit(), "explainer": self._explainer.fit()}
+
+    def logits(self, rows: Sequence[Row]) -> np.ndarray:
+        return self._classifier.logits(rows)
+
+    def explain(self, rows: Sequence[Row], predicted: Sequence[int]) -> dict[str, list[str]]:
+        return {"guided": self._explainer.generate(self._explainer.prompts(rows), predicted)}
+
+    def language_model(self) -> Any:
+        return self._explainer.language_model()

@@ -1,0 +1,158 @@
+"""The backbone as it is, asked: the log-probability of its answer, a number in words, and after examples."""
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.baselines.running import Baseline, Row, labelled, labels_of, text_of
+from clsgen.batching_clsgen import pad_left
+from clsgen.evaluation.lm_scoring import answer_log_odds
+from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
+
+CLIP = 0.01  # a verbalised 0% or 100% is no certainty
+
+
+class _Prompted(Baseline):
+    """Loads the backbone; prompts are built as CLSGen's are, so that a text can't end one."""
+
+    options = {"max_prompt_length": 2048}  # noqa: RUF012
+
+    def load(self) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(self.backbone, dtype=torch.float32).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(self.backbone)
+        self._prompt = TaskPrompt.from_dict(self.task.prompt)
+
+    def encoder(self, question: str, template: str | None = None) -> PromptEncoder:
+        prompt = {**self._prompt.to_dict(), "question": question, "template": template or self._prompt.template}
+        return PromptEncoder(self._tokenizer, TaskPrompt.from_dict(prompt), self.settings["max_prompt_length"])
+
+    def fields(self, row: Row) -> dict[str, str]:
+        return {name: row[name] for name in self.task.fields}
+
+
+def first_difference(first: list[int], second: list[int]) -> tuple[list[int], list[int]]:
+    """Both ids up to and with the first that differs: the token that tells one answer from the other.
+
+    Raises:
+        ValueError: One is the beginning of the other.
+    """
+    for i, (one, other) in enumerate(zip(first, second, strict=False), start=1):
+        if one != other:
+            return first[:i], second[:i]
+    raise ValueError(f"No token tells the answers apart: {first} and {second}.")
+
+
+class ZeroShotLogProbability(_Prompted):
+    """First-token log-probability of the answer; in the words, of these two ways, that do better on validation."""
+
+    def fit(self) -> dict[str, Any]:
+        self.load()
+        against, in_favour = self._prompt.verdicts
+        ways = {
+            "yes or no": (("No", "Yes"), "Reply with Yes or No alone."),
+            "verdict": ((against, in_favour), f'Reply with "{against}" or "{in_favour}" alone.'),
+        }
+        validation = labelled(self.task, "validation")
+        aurocs = {}
+        for name, way in ways.items():
+            self._way = way
+            aurocs[name] = float(roc_auc_score(labels_of(validation), self.logits(validation)))
+        chosen = max(aurocs, key=aurocs.get)
+        self._way = ways[chosen]
+        return {"answer": chosen, "validation_aurocs": aurocs}
+
+    def logits(self, rows: Sequence[Row]) -> np.ndarray:
+        words, instruction = self._way
+        encoder = self.encoder(f"{self._prompt.question} {instruction}")
+        prompts = [encoder.encode(self.fields(row)).input_ids for row in rows]
+        answers = first_difference(*(encoder.encode_plain(word) for word in words))
+        return np.array(answer_log_odds(self._model, prompts, answers, description="Zero-shot"))
+
+
+class FewShot(_Prompted):
+    """The same after examples from the training split, as many of either label; how many, validation chooses."""
+
+    options = {"max_prompt_length": 4096, "examples": [4, 8]}  # noqa: RUF012
+
+    def fit(self) -> dict[str, Any]:
+        self.load()
+        validation, aurocs = labelled(self.task, "validation"), {}
+        for count in self.settings["examples"]:
+            self._examples = self._choose(count)
+            aurocs[count] = float(roc_auc_score(labels_of(validation), self.logits(validation)))
+        chosen = max(aurocs, key=aurocs.get)
+        self._examples = self._choose(chosen)
+        return {"examples": chosen, "validation_aurocs": aurocs}
+
+    def _choose(self, count: int) -> str:
+        generator, rows = random.Random(self.seed), labelled(self.task, "train")
+        chosen = [
+            row
+            for label in (0, 1)
+            for row in generator.sample([row for row in rows if row["label"] == label], count // 2)
+        ]
+        generator.shuffle(chosen)
+        return "\n\n".join(
+            f"{text_of(self.task, row)}\n{self._prompt.question}\nAnswer: {self._prompt.verdicts[int(row['label'])]}"
+            for row in chosen
+        )
+
+    def logits(self, rows: Sequence[Row]) -> np.ndarray:
+        against, in_favour = self._prompt.verdicts
+        # The examples are a field of their own: what they say is never read as part of the template.
+        template = "{examples_of_the_task}\n\n" + self._prompt.template
+        encoder = self.encoder(f'{self._prompt.question}\nReply with "{against}" or "{in_favour}" alone.', template)
+        prompts = [
+            encoder.encode({"examples_of_the_task": self._examples, **self.fields(row)}).input_ids for row in rows
+        ]
+        answers = first_difference(encoder.encode_plain(against), encoder.encode_plain(in_favour))
+        return np.array(answer_log_odds(self._model, prompts, answers, description="Few-shot"))
+
+
+def verbalised_probability(reply: str) -> float | None:
+    """The first number of a reply, as a probability: "85%", "85" and "0.85" are 0.85; `None` without one in range."""
+    found = re.search(r"\d+(?:\.\d+)?", reply)
+    if not found:
+        return None
+    value = float(found.group())
+    per_cent = value > 1 or reply[found.end() :].lstrip().startswith(("%", "per"))
+    value = value / 100 if per_cent else value
+    return value if value <= 1 else None
+
+
+class ZeroShotVerbalised(_Prompted):
+    """The backbone says a number; a reply without one counts as the training split's share of label 1."""
+
+    options = {"max_prompt_length": 2048, "batch_size": 8, "max_new_tokens": 12}  # noqa: RUF012
+
+    def fit(self) -> dict[str, Any]:
+        self.load()
+        self._base_rate = float(labels_of(labelled(self.task, "train")).mean())
+        self._unreadable = []
+        self.logits(labelled(self.task, "validation"))
+        return {"base_rate": self._base_rate, "unreadable_replies_on_validation": self._unreadable[-1]}
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[Row]) -> np.ndarray:
+        question = (
+            f'{self._prompt.question} How likely is it that the answer is "{self._prompt.verdicts[1]}"? Reply with a '
+            "probability from 0% to 100% alone."
+        )
+        encoder, size = self.encoder(question), self.settings["batch_size"]
+        prompts = [encoder.encode(self.fields(row)).input_ids for row in rows]
+        found: list[float | None] = []
+        for i in tqdm(range(0, len(prompts), size), desc="Verbalised"):
+            batch = pad_left(prompts[i : i + size], self._tokenizer.pad_token_id or 0)
+            ids = self._model.generate(**batch, max_new_tokens=self.settings["max_new_tokens"], do_sample=False)
+            new = ids[:, batch["input_ids"].shape[1] :]
+            found += map(verbalised_probability, self._tokenizer.batch_decode(new, skip_special_tokens=True))
+        self._unreadable.append(sum(value is None for value in found))
+        values = np.array([self._base_rate if value is None else value for value in found]).clip(CLIP, 1 - CLIP)
+        return np.log(values / (1 - values))

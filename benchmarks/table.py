@@ -1,0 +1,235 @@
+"""The side-by-side table, from result files alone: writes `results/table.csv` and `results/table.md`.
+
+python -m benchmarks.table
+
+A run is `results/<task>/<system>/metrics.json`, or one `seed-N/metrics.json` a seed; ablations lie one folder deeper.
+What `evaluate_clsgen.py` says of a checkpoint's words is read from `evaluation/metrics.json` beside it
+(`--output_dir`). A cell without a number in some file is empty.
+"""
+
+import json
+import logging
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from clsgen.table_files import read_rows, write_rows
+
+logger = logging.getLogger("benchmarks.table")
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+PAPER = Path(__file__).resolve().parent / "paper.csv"
+TASKS = ("trial_claims", "clinifact", "clinifact_evidence")
+JUDGE = "tfidf"
+MODES = ("free", "guided")
+PER_MODE = ("auroc_alignment_mean", "kappa_mean", "rep4")
+COLUMNS = (
+    "task", "system", "mode", "seeds", "auroc_mean", "auroc_std", "average_precision_mean", "f1_mean", "brier_mean",
+    "ece_mean", "auroc_alignment_mean", "kappa_mean", "contradiction_rate", "flesch_reading_ease", "rep4",
+    "perplexity_general_ratio", "train_seconds", "texts_per_second",
+)  # fmt: skip
+SCORES = ("auroc", "average_precision", "f1", "brier", "ece")
+# What each number of a CLSGen row must be, by mode ("" for each): a column, "at least" or "at most", and a limit.
+TARGETS = (
+    ("", "ece_mean", "at most", 0.08),
+    ("free", "auroc_alignment_mean", "at least", 0.95),
+    ("guided", "auroc_alignment_mean", "at least", 0.98),
+    ("free", "kappa_mean", "at least", 0.70),
+    ("guided", "kappa_mean", "at least", 0.90),
+    ("", "perplexity_general_ratio", "at most", 1.10),
+    ("", "rep4", "at most", 0.02),
+)
+WITHOUT_BACKBONE = ("cnn", "encoder-probe")  # rivals that CLSGen's row is not held to
+
+Row = dict[str, Any]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, or an empty one where there is no such file; raises `ValueError` for what is not JSON."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Make it again by its command.") from error
+
+
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a system on a task, each with its evaluation under `evaluation`, in the order of seeds."""
+    seeds = sorted(folder.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
+    runs = []
+    for place in seeds or [folder]:
+        run = read_json(place / "metrics.json")
+        if "test" in run:
+            runs.append({**run, "evaluation": read_json(place / "evaluation" / "metrics.json")})
+    return runs
+
+
+def find(run: dict[str, Any], *keys: str) -> float | None:
+    """The number at these keys of a run, or else of its evaluation."""
+    for value in (run, run["evaluation"]):
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
+
+
+def _train_seconds(run: dict[str, Any]) -> float | None:
+    seconds = find(run, "train_seconds")
+    return find(run, "wall_seconds") if seconds is None else seconds
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean over runs; `None` where a run lacks the number, for a mean over others would be of something else."""
+    values = list(values)
+    return statistics.fmean(values) if values and None not in values else None
+
+
+def table_rows(results: Path, tasks: Iterable[str]) -> list[Row]:
+    """The rows of the table: one a task, system and mode of explanation (empty for a system that writes none)."""
+    rows = []
+    for task in tasks:
+        systems = sorted(path for path in (results / task).glob("*") if path.is_dir())
+        found = [row for folder in systems for row in system_rows(task, folder)]
+        rows += sorted(found, key=lambda row: (not is_clsgen(row), row["system"], row["mode"]))
+        for folder in sorted((results / task / "ablations").glob("*")):
+            rows += system_rows(task, folder, f"ablation-{folder.name}")
+    return rows
+
+
+def is_clsgen(row: Row) -> bool:
+    """Whether a row is CLSGen's."""
+    return row["system"].startswith("clsgen")
+
+
+def system_rows(task: str, folder: Path, name: str | None = None) -> list[Row]:
+    """The rows of one system on one task, under `name` or the system's own."""
+    runs = read_runs(folder)
+    if not runs:
+        return []
+    aurocs = [find(run, "test", "auroc") for run in runs]
+    common: Row = dict.fromkeys(COLUMNS)
+    # Baselines name themselves; a checkpoint's own report names its backbone.
+    common |= {"task": task, "system": name or runs[0].get("system", f"clsgen-{folder.name}"), "seeds": len(runs)}
+    common |= {f"{name}_mean": mean(find(run, "test", name) for run in runs) for name in SCORES}
+    common["auroc_std"] = statistics.stdev(aurocs) if len(aurocs) > 1 and None not in aurocs else None
+    common["perplexity_general_ratio"] = mean(find(run, "collapse", "general", "ratio") for run in runs)
+    common["train_seconds"] = mean(_train_seconds(run) for run in runs)
+    common["texts_per_second"] = mean(find(run, "texts_per_second") for run in runs)
+    parts = [part for run in runs for part in (run, run["evaluation"])]
+    modes = [mode for mode in MODES if any(mode in part.get("alignment", {}) for part in parts)]
+    return [{**common, "mode": mode, **words_of(runs, mode)} for mode in modes] or [{**common, "mode": ""}]
+
+
+def words_of(runs: list[dict[str, Any]], mode: str) -> Row:
+    """What a row says of explanations."""
+    places = {
+        "auroc_alignment_mean": ("alignment", mode, JUDGE, "auroc_alignment"),
+        "kappa_mean": ("alignment", mode, JUDGE, "kappa"),
+        "contradiction_rate": ("alignment", mode, JUDGE, "contradiction_rate"),
+        "flesch_reading_ease": ("language", mode, "flesch_reading_ease"),
+        "rep4": ("language", mode, "rep4"),
+    }
+    return {column: mean(find(run, *keys) for run in runs) for column, keys in places.items()}
+
+
+def shortfalls(rows: list[Row]) -> list[str]:
+    """Where CLSGen's rows miss their targets, each in a sentence; a number that is missing is said to be."""
+    found = []
+    for place in dict.fromkeys((row["task"], row["system"]) for row in rows if is_clsgen(row)):
+        ours = [row for row in rows if (row["task"], row["system"]) == place]
+        for sentence in (*_missed_targets(ours), *_stronger_rivals(ours[0], rows)):
+            found.append(f"{', '.join(place)}: {sentence}")
+    return found
+
+
+def _missed_targets(ours: list[Row]) -> Iterator[str]:
+    for mode, column, side, limit in TARGETS:
+        values = {row["mode"]: row[column] for row in ours if mode in ("", row["mode"])} or {mode: None}
+        told = set()
+        for of_mode, value in values.items():
+            name = f"{column} ({of_mode})" if of_mode and column in PER_MODE else column
+            if name in told:
+                continue
+            told.add(name)
+            if value is None:
+                yield f"no {name} yet; its target is {side} {limit:g}."
+            elif value < limit if side == "at least" else value > limit:
+                yield f"{name} is {value:.3f}; its target is {side} {limit:g}."
+
+
+def _stronger_rivals(ours: Row, rows: list[Row]) -> Iterator[str]:
+    aurocs = {
+        row["system"]: row["auroc_mean"]
+        for row in rows
+        if row["task"] == ours["task"] and not row["system"].startswith((*WITHOUT_BACKBONE, "clsgen", "ablation"))
+    }
+    for rival, auroc in aurocs.items():
+        if None not in (auroc, ours["auroc_mean"]) and auroc > ours["auroc_mean"]:
+            yield f"AUROC {ours['auroc_mean']:.3f} is below the {auroc:.3f} of {rival}."
+
+
+def cell(value: Any, digits: int = 3) -> str:
+    """A value as the tables show it; empty for none."""
+    return "" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: list[Row]) -> str:
+    """`table.md`: our numbers, where they fall short, and the paper's in a table of their own."""
+    digits = {"train_seconds": 1, "texts_per_second": 1, "flesch_reading_ease": 1}
+    lines = [
+        "# Side by side",
+        "",
+        "Made by `python -m benchmarks.table` from the result files in this folder; each holds the command that makes "
+        "it again. Test splits; mean over seeds (`auroc_std`: sample standard deviation). An empty cell has not been "
+        f"measured, or is undefined. Alignment is by the judge `{JUDGE}`. `train_seconds` is wall time on two shared "
+        "CPU cores; for `clsgen-*` it takes in evaluation too.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(cell(row[name], digits.get(name, 3)) for name in COLUMNS) + " |" for row in rows),
+        "",
+        "## Where CLSGen falls short of its targets",
+        "",
+        *[f"- {sentence}" for sentence in shortfalls(rows)],
+        "",
+        "## The paper's numbers",
+        "",
+        "As the paper (arXiv 2604.11801) reports them, on Llama-3.1-8B-Instruct; not ours, and not comparable row by "
+        "row.",
+        "",
+        "| data | system | metric | value |",
+        "|---|---|---|---|",
+        *("| " + " | ".join(row.values()) + " |" for row in read_rows(PAPER)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(results: Path, tasks: Iterable[str]) -> int:
+    """Writes `table.csv` and `table.md` into the folder of results; returns the number of rows.
+
+    Raises:
+        ValueError: There is no run of any task, or a result file is broken.
+    """
+    rows = table_rows(results, tasks)
+    if not rows:
+        raise ValueError(f"There are no result files of {list(tasks)} below {results}.")
+    write_rows(results / "table.csv", ({name: cell(row[name], 6) for name in COLUMNS} for row in rows))
+    temporary = results / ".table.md"
+    temporary.write_text(markdown(rows), encoding="utf-8")
+    temporary.replace(results / "table.md")
+    return len(rows)
+
+
+def main() -> None:
+    """The command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        logger.info("results/table.csv and results/table.md: %d rows", write_tables(RESULTS, TASKS))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

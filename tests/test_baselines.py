@@ -1,0 +1,170 @@
+"""Baselines: each learns what is there to learn, writes what the table reads, and says what it can't use."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPT
+from datasets import Dataset, DatasetDict
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM
+
+from benchmarks.baselines.__main__ import SYSTEMS, parse_options, system_class
+from benchmarks.baselines.cnn import TextCnn
+from benchmarks.baselines.fine_tuning import ClassificationOnly, SftOnly
+from benchmarks.baselines.prompting import first_difference, verbalised_probability
+from benchmarks.baselines.running import labelled, labels_of, run, text_of
+from clsgen.tasks import Task
+
+
+@pytest.fixture(scope="module")
+def task():
+    """A task whose label stands in the text, in words."""
+    generator = np.random.default_rng(0)
+
+    def split(name, rows):
+        return Dataset.from_list(
+            [
+                {
+                    "id": f"{name}-{i}",
+                    "findings": f"Mortality {'fell' if i % 2 else 'rose'} in {generator.integers(100)} patients.",
+                    "claim": f"Drug {generator.integers(10)} works.",
+                    "label": float(i % 2),
+                    "explanation": f"It {'fell' if i % 2 else 'rose'}. So {'yes' if i % 2 else 'no'}.",
+                }
+                for i in range(rows)
+            ]
+        )
+
+    splits = DatasetDict(train=split("train", 40), validation=split("validation", 12), test=split("test", 16))
+    return Task("my_own", PROMPT, ("no", "yes"), splits)
+
+
+SMALL = {
+    "cnn": {"epochs": 8, "learning_rates": [3e-3]},
+    "zero-shot-verbalised": {"max_new_tokens": 2},
+    "few-shot": {"examples": [2]},
+    "sft-only": {"lora_first_layer": 1, "lora_r": 2, "max_explanation_length": 24},
+    "classification-only": {"epochs": 1, "lora_r": 2},
+    "two-models": {
+        "classifier": {"epochs": 1, "lora_r": 2},
+        "explainer": {"lora_r": 2, "lora_first_layer": 0, "max_explanation_length": 24},
+    },
+}
+EXPLAINING = {"sft-only": {"free", "guided"}, "two-models": {"guided"}}
+WITH_LANGUAGE_MODEL = {"sft-only", "two-models", "classification-only"}
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_result_files(system, task, backbones, tmp_path):
+    baseline = system_class(system)(task, 0, backbones["llama"], **SMALL.get(system, {}))
+    report = run(baseline, system, tmp_path)
+    written = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert written["system"] == system
+    assert written["test"]["rows"] == 16
+    predictions = json.loads((tmp_path / "test_predictions.json").read_text(encoding="utf-8"))
+    labels, probabilities = zip(*((row["label"], row["probability"]) for row in predictions), strict=True)
+    assert roc_auc_score(labels, probabilities) == pytest.approx(written["test"]["auroc"])
+    assert set(report.get("alignment", {})) == set(report.get("language", {})) == EXPLAINING.get(system, set())
+    assert ("collapse" in report) == (system in WITH_LANGUAGE_MODEL)
+    if system in ("tfidf", "cnn"):
+        assert written["test"]["auroc"] == 1.0
+    for mode, judged in report.get("alignment", {}).items():
+        assert set(judged) == {"tfidf", "tfidf-no-verdict"}
+        assert report["language"][mode]["rows"] == 16
+
+
+def test_seed_is_all_that_changes_a_cnn(task):
+    rows = labelled(task, "test")
+    options = {"epochs": 2, "learning_rates": [1e-3]}
+    logits = []
+    for seed in (0, 0, 1):
+        baseline = system_class("cnn")(task, seed, "", **options)
+        baseline.fit()
+        logits.append(baseline.logits(rows))
+    assert np.array_equal(logits[0], logits[1])
+    assert not np.allclose(logits[0], logits[2])
+
+
+def test_cnn_ignores_padding():
+    torch.manual_seed(0)
+    model = TextCnn(20).eval()
+    short = torch.tensor([[2, 3, 4]])
+    padded = torch.tensor([[2, 3, 4, 0, 0, 0, 0], [5, 6, 7, 8, 9, 2, 3]])
+    assert model(padded)[0].item() == pytest.approx(model(torch.cat([short, torch.zeros(1, 3).long()], 1)).item())
+
+
+def test_classifier_reads_the_prompts_last_token(task, backbones):
+    baseline = ClassificationOnly(task, 0, backbones["llama"], epochs=1, lora_r=2)
+    baseline.fit()
+    rows = labelled(task, "test")
+    together = baseline.logits(rows)
+    assert together == pytest.approx([baseline.logits([row])[0] for row in rows], abs=1e-5)
+    ids = torch.tensor([baseline.prompts(rows[:1])[0]])
+    body = baseline._model.base_model(input_ids=ids).last_hidden_state[0, -1]
+    scores = baseline._model.score(body).detach()
+    assert together[0] == pytest.approx(float(scores[1] - scores[0]), abs=1e-5)
+
+
+def test_sft_learns_words_and_verdicts_alone_on_completions(task, backbones):
+    baseline = SftOnly(task, 0, backbones["llama"], lora_first_layer=0, learning_rate=2e-2)
+    rows = labelled(task, "train")
+    baseline.fit()
+    before = AutoModelForCausalLM.from_pretrained(backbones["llama"])
+    changed = [
+        name for (name, old), new in zip(before.named_parameters(), baseline._model.parameters(), strict=True)
+        if not torch.equal(old, new)
+    ]  # fmt: skip
+    assert changed
+    assert not any("embed" in name or "norm" in name for name in changed)
+    trained = baseline.logits(rows)
+    baseline._model = before
+    assert not np.allclose(trained, baseline.logits(rows))
+
+
+def test_few_shot_examples_are_balanced_and_from_training(task, backbones):
+    baseline = system_class("few-shot")(task, 0, backbones["llama"])
+    baseline.load()
+    examples = baseline._choose(4)
+    assert examples.count("Answer: not supported") == 2
+    assert examples.count("Answer: supported") == 2
+    known = {text_of(task, row) for row in labelled(task, "train")}
+    assert sum(text in examples for text in known) == 4
+    assert baseline._choose(4) == examples
+
+
+@pytest.mark.parametrize(
+    ("reply", "probability"),
+    [
+        ("85%", 0.85), ("The probability is 85", 0.85), ("0.85", 0.85), ("1%", 0.01), ("1", 1.0), ("0", 0.0),
+        ("0.5%", 0.005), ("40 percent", 0.4), ("250", None), ("likely", None), ("", None), ("-5", 0.05),
+    ],
+)  # fmt: skip
+def test_verbalised_probability(reply, probability):
+    assert verbalised_probability(reply) == (None if probability is None else pytest.approx(probability))
+
+
+def test_first_difference():
+    assert first_difference([1, 2, 3], [1, 4]) == ([1, 2], [1, 4])
+    with pytest.raises(ValueError, match="No token tells"):
+        first_difference([1, 2], [1, 2, 3])
+
+
+def test_options():
+    assert parse_options(["epochs=2", "learning_rate=2e-4", "examples=[2, 4]", "way=none"]) == {
+        "epochs": 2, "learning_rate": 2e-4, "examples": [2, 4], "way": "none"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="NAME=VALUE"):
+        parse_options(["epochs"])
+
+
+def test_says_what_it_cannot_use(task):
+    with pytest.raises(ValueError, match=r"has no option \['epoch'\]; it has \['batch_size'"):
+        system_class("cnn")(task, 0, "", epoch=3)
+    bare = Task("bare", PROMPT, ("no", "yes"), DatasetDict(train=task.splits["train"]))
+    with pytest.raises(ValueError, match="labelled rows in the validation split of 'bare'"):
+        run(system_class("tfidf")(bare, 0, ""), "tfidf")
+    assert labels_of(labelled(task, "test")).tolist() == [0, 1] * 8
+    assert math.isfinite(labels_of(labelled(task, "train")).mean())

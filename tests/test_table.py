@@ -1,0 +1,91 @@
+"""The side-by-side table: what it reads from result files, and what it leaves empty."""
+
+import csv
+import json
+
+import pytest
+
+from benchmarks.table import COLUMNS, markdown, shortfalls, table_rows, write_tables
+from clsgen.atomic_io import write_json
+
+SCORES = {"average_precision": 0.8, "f1": 0.7, "brier": 0.2, "ece": 0.05}
+
+
+def run(auroc, **others):
+    return {"test": {"auroc": auroc, **SCORES}, **others}
+
+
+@pytest.fixture
+def results(tmp_path):
+    words = {"auroc_alignment": 0.9, "kappa": 0.8, "contradiction_rate": 0.1}
+    evaluation = {
+        "alignment": {"free": {"tfidf": words}, "guided": {"tfidf": {**words, "kappa": None}}},
+        "language": {"free": {"flesch_reading_ease": 40.0, "rep4": 0.01}, "guided": {"rep4": 0.03}},
+        "collapse": {"general": {"ratio": 1.05}},
+    }
+    for seed, auroc in enumerate((0.70, 0.74, 0.72)):
+        write_json(tmp_path / f"my/cnn/seed-{seed}/metrics.json", run(auroc, system="cnn", train_seconds=seed))
+    write_json(tmp_path / "my/tfidf/seed-0/metrics.json", run(0.90, system="tfidf", texts_per_second=10.0))
+    write_json(tmp_path / "my/small/metrics.json", run(0.85, wall_seconds=7.0))
+    write_json(tmp_path / "my/small/evaluation/metrics.json", evaluation)
+    write_json(tmp_path / "my/ablations/packing/seed-0/metrics.json", run(0.99))
+    write_json(tmp_path / "my/unfinished/metrics.json", {"validation": {"auroc": 0.9}})
+    return tmp_path
+
+
+def test_rows(results):
+    rows = table_rows(results, ["my", "missing"])
+    assert [(row["system"], row["mode"], row["seeds"]) for row in rows] == [
+        ("clsgen-small", "free", 1), ("clsgen-small", "guided", 1), ("cnn", "", 3), ("tfidf", "", 1),
+        ("ablation-packing", "", 1),
+    ]  # fmt: skip
+    free, guided, cnn, tfidf, _ = rows
+    assert cnn["auroc_mean"] == pytest.approx(0.72)
+    assert cnn["auroc_std"] == pytest.approx(0.02)  # of -0.02, 0.02 and 0: sqrt(0.0008 / 2)
+    assert cnn["train_seconds"] == pytest.approx(1.0)
+    assert (tfidf["auroc_std"], tfidf["train_seconds"], tfidf["texts_per_second"]) == (None, None, 10.0)
+    assert (free["kappa_mean"], free["rep4"], free["perplexity_general_ratio"]) == (0.8, 0.01, 1.05)
+    assert (guided["kappa_mean"], guided["flesch_reading_ease"], guided["rep4"]) == (None, None, 0.03)
+    assert free["train_seconds"] == 7.0
+
+
+def test_a_seed_without_a_number_leaves_the_mean_empty(results):
+    write_json(results / "my/cnn/seed-3/metrics.json", {"system": "cnn", "test": {"auroc": None, "f1": 0.7}})
+    cnn = table_rows(results, ["my"])[2]
+    assert (cnn["seeds"], cnn["auroc_mean"], cnn["auroc_std"], cnn["f1_mean"]) == (4, None, None, pytest.approx(0.7))
+
+
+def test_shortfalls_are_said(results):
+    assert shortfalls(table_rows(results, ["my"])) == [
+        "my, clsgen-small: auroc_alignment_mean (free) is 0.900; its target is at least 0.95.",
+        "my, clsgen-small: auroc_alignment_mean (guided) is 0.900; its target is at least 0.98.",
+        "my, clsgen-small: no kappa_mean (guided) yet; its target is at least 0.9.",
+        "my, clsgen-small: rep4 (guided) is 0.030; its target is at most 0.02.",
+        "my, clsgen-small: AUROC 0.850 is below the 0.900 of tfidf.",
+    ]
+
+
+def test_paper_is_apart(results):
+    ours, _, paper = markdown(table_rows(results, ["my"])).partition("## The paper's numbers")
+    assert "Llama" not in ours
+    assert "| CliniFact and LCD-30 | CLSGen on Llama-3.1-8B-Instruct | AUROC-alignment | 0.95 to 0.98 |" in paper
+    assert "None" not in ours
+    assert "nan" not in ours
+
+
+def test_writes_both(results):
+    assert write_tables(results, ["my"]) == 5
+    with (results / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert (rows[2]["auroc_mean"], rows[2]["kappa_mean"], rows[2]["seeds"]) == ("0.720000", "", "3")
+    assert (results / "table.md").read_text(encoding="utf-8").startswith("# Side by side")
+    with pytest.raises(ValueError, match=r"no result files of \['other'\]"):
+        write_tables(results, ["other"])
+
+
+def test_broken_file_is_named(results):
+    (results / "my/cnn/seed-1/metrics.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"seed-1/metrics.json is not JSON"):
+        table_rows(results, ["my"])
+    assert json.loads((results / "my/cnn/seed-0/metrics.json").read_text(encoding="utf-8"))
