@@ -91,8 +91,7 @@ def choose_threshold(labels: ArrayLike, probabilities: ArrayLike, method: str = 
         return float(check_probabilities(fixed))
     labels, probabilities = check_labels(labels, probabilities), check_probabilities(probabilities)
     _check_both_classes(labels)
-    edges = np.concatenate([[0.0], np.unique(probabilities), [1.0]])
-    candidates = np.unique((edges[:-1] + edges[1:]) / 2)
+    candidates = threshold_candidates(probabilities)
     true_positives = _count_at_or_above(probabilities[labels == 1], candidates)
     false_positives = _count_at_or_above(probabilities[labels == 0], candidates)
     positive, negative = int(labels.sum()), int((1 - labels).sum())
@@ -104,6 +103,12 @@ def choose_threshold(labels: ArrayLike, probabilities: ArrayLike, method: str = 
         scores = true_positives * negative - false_positives * positive
     best = candidates[scores == scores.max()]
     return float(best[np.argmin(np.abs(best - 0.5))])
+
+
+def threshold_candidates(probabilities: ArrayLike) -> np.ndarray:
+    """Midpoints between neighbouring distinct probabilities, with 0 and 1 at the ends; rising, without repeats."""
+    edges = np.concatenate([[0.0], np.unique(probabilities), [1.0]])
+    return np.unique((edges[:-1] + edges[1:]) / 2)
 
 
 def conformal_quantiles(labels: ArrayLike, probabilities: ArrayLike, error_rate: float) -> tuple[float, float]:

@@ -9,14 +9,10 @@ import json
 import logging
 import math
 import os
-import re
 import resource
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +45,7 @@ from clsgen.publishing.examples import write_examples
 from clsgen.publishing.footprint import available_cores, estimate_footprint
 from clsgen.publishing.hub import identity
 from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
+from clsgen.run_record import describe_run, without_tokens
 from clsgen.tasks import Task, class_counts, load_task
 from clsgen.trainer_clsgen import (
     ClsGenSFTConfig,
@@ -63,8 +60,6 @@ from clsgen.warm_start import Probe, warm_start
 logger = logging.getLogger("clsgen.train_sft_cls")
 ROOT = Path(__file__).resolve().parent
 DEFAULT_RECIPE = ROOT / "recipes" / "trial_claims.yaml"
-TOKEN = re.compile(r"\bhf_\w{8,}")  # of the Hub; must not reach a file that may be published
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
 
 
 @dataclass
@@ -256,18 +251,6 @@ def score_test_split(
     return metrics, predictions
 
 
-def describe_run(argv: list[str]) -> dict[str, Any]:
-    """Command, commit and versions, for a result file that somebody can make again."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "command": TOKEN.sub("hf_...", shlex.join(["python", "train_sft_cls.py", *argv])),
-        "commit": commit or None,
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-    }
-
-
 def table(report: dict[str, Any]) -> str:
     """The report's splits as an aligned text table."""
     lines = [f"{'':24}" + "".join(f"{name:>18}" for name in CARD_METRICS)]
@@ -437,7 +420,7 @@ def publication(task: Task, arguments: TaskArguments, training: ClsGenSFTConfig,
 
 def read_recipe(path: str) -> str:
     """The recipe's text, for the checkpoint; tokens are no part of it."""
-    return TOKEN.sub("hf_...", Path(path).read_text(encoding="utf-8"))
+    return without_tokens(Path(path).read_text(encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -461,9 +444,8 @@ def main(argv: list[str] | None = None) -> None:
         "base_model": model_arguments.model_name_or_path,
         "seed": training.seed,
         "train_rows": class_counts(task.splits["train"]),
-        "credentialed": task.credentialed,
         "threshold_method": arguments.threshold_method,
-        **describe_run(argv),
+        **describe_run("train_sft_cls.py", argv),
         "started": started,
     }
     asked = publication(task, arguments, training, report)

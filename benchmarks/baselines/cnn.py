@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from benchmarks.baselines.running import Baseline, Row, labelled, labels_of, text_of
+from benchmarks.baselines.running import Baseline, Row, labelled, labels_of
 from clsgen.evaluation.sentences import words
 
 PADDING, UNKNOWN = 0, 1
@@ -46,7 +46,7 @@ class CnnBaseline(Baseline):
 
     def fit(self) -> dict[str, Any]:
         rows, validation = labelled(self.task, "train"), labelled(self.task, "validation")
-        counts = Counter(word for row in rows for word in set(words(text_of(self.task, row))))
+        counts = Counter(word for row in rows for word in set(words(self.task.text_of(row))))
         kept = sorted(word for word, count in counts.items() if count >= self.settings["min_count"])
         self._vocabulary = {word: i for i, word in enumerate(kept, start=UNKNOWN + 1)}
         best = max((self._train(rows, validation, rate) for rate in self.settings["learning_rates"]), key=_auroc)
@@ -77,7 +77,7 @@ class CnnBaseline(Baseline):
     def _ids(self, rows: Sequence[Row]) -> torch.LongTensor:
         most = self.settings["max_words"]
         found = [
-            [self._vocabulary.get(word, UNKNOWN) for word in words(text_of(self.task, row))[:most]] or [UNKNOWN]
+            [self._vocabulary.get(word, UNKNOWN) for word in words(self.task.text_of(row))[:most]] or [UNKNOWN]
             for row in rows
         ]
         longest = max(map(len, found))

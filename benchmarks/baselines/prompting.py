@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.baselines.running import Baseline, Row, labelled, labels_of, text_of
+from benchmarks.baselines.running import Baseline, Row, labelled, labels_of
 from clsgen.batching_clsgen import pad_left
 from clsgen.evaluation.lm_scoring import answer_log_odds
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
@@ -100,7 +100,7 @@ class FewShot(_Prompted):
         ]
         generator.shuffle(chosen)
         return "\n\n".join(
-            f"{text_of(self.task, row)}\n{self._prompt.question}\nAnswer: {self._prompt.verdicts[int(row['label'])]}"
+            f"{self.task.text_of(row)}\n{self._prompt.question}\nAnswer: {self._prompt.verdicts[int(row['label'])]}"
             for row in chosen
         )
 

@@ -5,7 +5,6 @@ on the validation split, as `train_sft_cls.py` does; the test split is scored on
 """
 
 import logging
-import re
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -86,11 +85,6 @@ def labels_of(rows: Sequence[Row]) -> np.ndarray:
     return np.array([int(row["label"]) for row in rows])
 
 
-def text_of(task: Task, row: Row) -> str:
-    """The row's text, as the task's template puts it."""
-    return re.sub(r"\{(\w+)\}", lambda match: row[match.group(1)], task.prompt["template"])
-
-
 def run(baseline: Baseline, system: str, folder: Path | None = None) -> dict[str, Any]:
     """Fits, calibrates and scores a baseline; writes `metrics.json` and `test_predictions.json`.
 
@@ -146,7 +140,7 @@ def describe_words(
         reports = {judge.name: alignment_report(table, judge) for judge in judges}
         for report in reports.values():
             del report["judged_probability"], report["judged_label"]
-        texts, references = [text_of(task, row) for row in rows], [row["explanation"] for row in rows]
+        texts, references = [task.text_of(row) for row in rows], [row["explanation"] for row in rows]
         found["alignment"][mode] = reports
         found["language"][mode] = language_report(explanations, texts, references)
     model = baseline.language_model()

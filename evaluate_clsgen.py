@@ -1,0 +1,334 @@
+"""Evaluates a checkpoint on a task: metrics with intervals, predictions, and a report to read.
+
+python evaluate_clsgen.py --model outputs/trial_claims/model --task trial_claims
+python evaluate_clsgen.py --model outputs/trial_claims/model --task trial_claims --modes none --compare other.parquet
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformers import AutoModel, HfArgumentParser
+
+from clsgen.atomic_io import write_json
+from clsgen.evaluation.alignment import alignment_report
+from clsgen.evaluation.collapse import perplexity_report
+from clsgen.evaluation.evaluated import Evaluated, Section, number, spread
+from clsgen.evaluation.judges import DEFAULT_JUDGES, make_judge
+from clsgen.evaluation.number_sections import calibration, classification, comparison, thresholds
+from clsgen.evaluation.predictions import SCHEMA, labelled_texts, predict, read_predictions, table_rows
+from clsgen.evaluation.report import Report
+from clsgen.evaluation.thresholds import Target
+from clsgen.evaluation.word_sections import alignment, collapse, examples, language, leakage
+from clsgen.prompting_clsgen import TaskPrompt
+from clsgen.run_record import describe_run
+from clsgen.table_files import write_rows
+from clsgen.tasks import SPLITS, Task, load_task
+
+logger = logging.getLogger("clsgen.evaluate_clsgen")
+MODES = ("guided", "free", "none")
+# The parts of an evaluation, in the report's order; a further one is a function and its entry here.
+SECTIONS: dict[str, Callable[[Evaluated], Section | None]] = {
+    "classification": classification,
+    "calibration": calibration,
+    "thresholds": thresholds,
+    "comparison": comparison,
+    "alignment": alignment,
+    "leakage": leakage,
+    "language": language,
+    "collapse": collapse,
+    "examples": examples,
+}
+HEADLINE = {
+    "auroc": "AUROC", "average_precision": "Average precision", "f1": "F1", "brier": "Brier score",
+    "ece": "Calibration error",
+}  # fmt: skip
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate, on what, and how."""
+
+    model: str = field(metadata={"help": "A CLSGen checkpoint: a folder or a Hub id. Its code is run."})
+    task: str = field(metadata={"help": "A task's folder, or its name below data/."})
+    revision: str | None = field(default=None, metadata={"help": "Commit of the Hub repo; pin what you have read."})
+    data_dir: str | None = field(default=None, metadata={"help": "The source that the task's prepare.py reads."})
+    split: str = field(default="test", metadata={"help": "The split that is reported.", "choices": list(SPLITS)})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the results go; default outputs/<task>/evaluation."}
+    )
+    modes: list[str] = field(
+        default_factory=lambda: ["guided", "free"],
+        metadata={"help": "Explanations to write: `guided`, `free`, both, or `none` for numbers alone."},
+    )
+    limit: int | None = field(default=None, metadata={"help": "Most rows of each split, drawn at random."})
+    batch_size: int | None = field(default=None, metadata={"help": "Most texts of a batch."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest explanation, in tokens."})
+    also_on: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks to report calibration on too; numbers alone, test split."}
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files with other systems' predictions of the same rows (id, probability, predicted)."},
+    )
+    judges: list[str] = field(
+        default_factory=lambda: list(DEFAULT_JUDGES),
+        metadata={
+            "help": "tfidf, tfidf-no-verdict, openai:MODEL[@URL] or lm:MODEL; the first one's reading is stored."
+        },
+    )
+    backbone: str | None = field(
+        default=None, metadata={"help": "What the model was made from, to compare perplexity with it."}
+    )
+    sensitivities: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.95], metadata={"help": "Wanted."})
+    specificities: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.95], metadata={"help": "Wanted."})
+    ppvs: list[float] = field(default_factory=lambda: [0.8, 0.9], metadata={"help": "Wanted predictive values."})
+    cost_ratios: list[float] = field(
+        default_factory=lambda: [0.25, 1.0, 4.0], metadata={"help": "What a miss costs, in false alarms."}
+    )
+    examples: int = field(default=3, metadata={"help": "Most examples of a kind in the report."})
+    bootstrap_samples: int = field(default=2000, metadata={"help": "Samples behind each interval."})
+    seed: int = field(default=0, metadata={"help": "Of bootstrap and --limit."})
+    overwrite: bool = field(default=False, metadata={"help": "Forget the predictions of an earlier run."})
+
+    def __post_init__(self):
+        self.modes = list(dict.fromkeys(self.modes))
+        unknown = [mode for mode in self.modes if mode not in MODES]
+        if unknown or not self.modes or ("none" in self.modes and len(self.modes) > 1):
+            raise ValueError(f"`modes` is `guided`, `free`, both, or `none` alone, got {self.modes}.")
+        for name, least in (("limit", 1), ("bootstrap_samples", 100), ("examples", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+    @property
+    def targets(self) -> list[Target]:
+        """What the threshold sheet finds thresholds for; raises `ValueError` for one that makes no sense."""
+        wanted = {
+            "sensitivity": self.sensitivities, "specificity": self.specificities, "ppv": self.ppvs,
+            "cost_ratio": self.cost_ratios,
+        }  # fmt: skip
+        return [Target(kind, value) for kind, values in wanted.items() for value in values]
+
+
+def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None = None) -> dict[str, Any]:
+    """Evaluates a checkpoint on a task, and writes `metrics.json`, `predictions.parquet`, `report.md`, `report.html`.
+
+    Args:
+        arguments ([`EvaluationArguments`]): What to evaluate; `EvaluationArguments(model=..., task=...)` will do.
+        argv (`list[str]`, *optional*): The command line, for the record.
+
+    Returns:
+        `dict`: What `metrics.json` holds: a section each of `classification`, `calibration`, `thresholds`, and where
+        asked for `comparison`, `alignment`, `leakage`, `language`, `collapse`, `examples`. An undefined value is None
+        with a `reason` beside it.
+
+    Raises:
+        ValueError, OSError: for arguments, a task, texts or files that can't be used.
+    """
+    targets = arguments.targets
+    compared = {path: read_predictions(Path(path)) for path in arguments.compare}
+    task = load_task(arguments.task, arguments.data_dir)
+    other_tasks = [load_task(name) for name in arguments.also_on]
+    output_dir = Path(arguments.output_dir or Path("outputs") / task.name / "evaluation")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    model = AutoModel.from_pretrained(arguments.model, revision=arguments.revision, trust_remote_code=True)
+    evaluated = _predicted(model, task, other_tasks, arguments, output_dir)
+    evaluated.targets = targets
+    evaluated.compared = {name: _checked(name, frame, evaluated.numbers) for name, frame in compared.items()}
+    _judge(evaluated, task, arguments)
+    write_rows(output_dir / "predictions.parquet", table_rows(list(evaluated.modes.values())), SCHEMA)
+    if arguments.backbone:
+        logger.info("Perplexity, the model's and that of %s", arguments.backbone)
+        evaluated.collapse = perplexity_report(model, arguments.backbone, task)
+    sections = {}
+    for name, compute in SECTIONS.items():
+        logger.info("Computing %s", name)
+        sections[name] = compute(evaluated)
+    sections = {name: section for name, section in sections.items() if section is not None}
+    metrics = _record(model, task, evaluated, arguments, argv) | {name: s.numbers for name, s in sections.items()}
+    _write(output_dir, evaluated, sections, metrics, task)
+    return metrics
+
+
+def _predicted(
+    model: Any, task: Task, other_tasks: list[Task], arguments: EvaluationArguments, output_dir: Path
+) -> Evaluated:
+    """Asks the model about every row that a section needs."""
+
+    def answers(of_task: Task, split: str, mode: str) -> tuple[Any, pd.DataFrame]:
+        rows = labelled_texts(of_task, split, model.encoder.prompt.fields, arguments.limit, arguments.seed)
+        lengths = (arguments.batch_size, arguments.max_new_tokens)
+        return rows, predict(model, rows, mode, output_dir / "answers", arguments.overwrite, *lengths)
+
+    if tuple(task.labels) != tuple(model.config.label_names):
+        logger.warning("The model's labels are %s, the task's %s.", model.config.label_names, list(task.labels))
+    modes = {}
+    for mode in arguments.modes:
+        rows, modes[mode] = answers(task, arguments.split, mode)
+    validation = None
+    if "validation" in task.splits and arguments.split != "validation":
+        _, validation = answers(task, "validation", "none")
+    others = {}
+    for other in other_tasks:
+        split = "test" if "test" in other.splits else "train"
+        other_rows, others[f"{other.name}/{split}"] = answers(other, split, "none")
+        logger.info("%s: %d rows", other_rows.name, len(other_rows.ids))
+    return Evaluated(
+        rows, modes, model.config.threshold, tuple(model.config.label_names), _relation(model, task, arguments.split),
+        validation, others, examples=arguments.examples, samples=arguments.bootstrap_samples, seed=arguments.seed,
+    )  # fmt: skip
+
+
+def _relation(model: Any, task: Task, split: str) -> str:
+    """What a split is to the model, as far as its config tells."""
+    if TaskPrompt.from_dict(model.config.prompt) != TaskPrompt.from_dict(task.prompt):
+        return "of another task than the model's"
+    return {"train": "trained on it", "validation": "calibrated on it", "test": "not seen"}[split]
+
+
+def _judge(evaluated: Evaluated, task: Task, arguments: EvaluationArguments) -> None:
+    """Has the explanations judged, by mode; the first judge's reading joins the answers."""
+    if not evaluated.explained:
+        return
+    try:
+        judges = [make_judge(spec, task) for spec in arguments.judges]
+    except ValueError as error:
+        if arguments.judges != list(DEFAULT_JUDGES):
+            raise
+        evaluated.unjudged = str(error).rstrip(".")
+        logger.warning("No alignment: %s", error)
+        return
+    if not judges:
+        evaluated.unjudged = "no judge was named"
+    for mode, frame in evaluated.explained.items():
+        reports = {judge.name: alignment_report(frame, judge) for judge in judges}
+        if reports:
+            evaluated.alignment[mode] = reports
+            first = next(iter(reports.values()))
+            frame["judged_probability"] = pd.array(first["judged_probability"], dtype="Float64")
+            frame["judged_label"] = pd.array(first["judged_label"], dtype="Int64")
+
+
+def _checked(name: str, theirs: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
+    """Another system's predictions, after checking that they are of the same rows."""
+    gold = ours.set_index("id")["gold"]
+    shared = [row_id for row_id in gold.index if row_id in theirs.index]
+    if not shared:
+        raise ValueError(f"{name}: none of its ids is one of the {len(gold)} evaluated rows.")
+    if len(shared) < len(gold):
+        logger.warning("%s: compared on %d of %d rows; it lacks the others.", name, len(shared), len(gold))
+    if (
+        "gold" in theirs
+        and (theirs.loc[shared, "gold"].dropna() != gold[theirs.loc[shared, "gold"].dropna().index]).any()
+    ):
+        raise ValueError(f"{name}: its gold labels are not those of this task; these are other rows.")
+    if "predicted" not in theirs:
+        logger.warning("%s has no column `predicted`: its decisions are taken at 0.5.", name)
+        theirs = theirs.assign(predicted=(theirs["probability"] >= 0.5).astype(int))
+    return theirs
+
+
+def _record(
+    model: Any, task: Task, evaluated: Evaluated, arguments: EvaluationArguments, argv: list[str] | None
+) -> dict[str, Any]:
+    gold = evaluated.numbers["gold"]
+    return {
+        "task": task.name,
+        "split": arguments.split,
+        "model": arguments.model,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "threshold": evaluated.threshold,
+        "rows": {
+            "reported": len(gold),
+            "positive": int(gold.sum()),
+            "unlabelled": evaluated.rows.unlabelled,
+            "truncated": int(evaluated.numbers["truncated"].sum()),
+        },
+        "modes": arguments.modes,
+        "arguments": asdict(arguments),
+        **describe_run("evaluate_clsgen.py", argv or []),
+    }
+
+
+def _write(
+    output_dir: Path, evaluated: Evaluated, sections: dict[str, Section], metrics: dict[str, Any], task: Task
+) -> None:
+    report = _report(evaluated, sections, metrics, task)
+    (output_dir / "plots").mkdir(exist_ok=True)
+    for plot in report.plots:
+        _write_text(output_dir / "plots" / f"{plot.name}.svg", plot.svg)
+    _write_text(output_dir / "report.html", report.to_html())
+    _write_text(output_dir / "report.md", report.to_markdown("plots"))
+    write_json(output_dir / "metrics.json", metrics)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _report(evaluated: Evaluated, sections: dict[str, Section], metrics: dict[str, Any], task: Task) -> Report:
+    scores = sections["classification"].numbers
+    headline = [(name, number(scores[key]["value"]), spread(scores[key])) for key, name in HEADLINE.items()]
+    for mode, judges in evaluated.alignment.items():
+        judge = next(iter(judges))
+        estimate = sections["alignment"].numbers[mode][judge]["with_intervals"]["auroc_alignment"]
+        headline.append((f"AUROC-alignment, {mode}", number(estimate["value"]), spread(estimate)))
+    rows = metrics["rows"]
+    told = [f"{rows['reported']} rows, {rows['positive']} of label 1 ({task.labels[1]})"]
+    if rows["unlabelled"]:
+        told.append(f"{rows['unlabelled']} rows without a label left out")
+    if rows["truncated"]:
+        told.append(f"{rows['truncated']} texts truncated")
+    if metrics["arguments"]["limit"]:
+        told.append(f"limited to {metrics['arguments']['limit']} rows of each split")
+    if task.credentialed:
+        told.append("holds text of a credentialed source: not to be published")
+    return Report(
+        title=f"CLSGen on {task.name}, {metrics['split']} split",
+        subtitle="; ".join(told),
+        question=task.prompt["question"],
+        headline=headline,
+        parts=[section.part for section in sections.values()],
+        facts={
+            "model": f"{metrics['model']} {metrics['revision'] or ''}".strip(),
+            "command": metrics["command"],
+            "code": str(metrics["commit"]),
+            "versions": ", ".join(f"{name} {found}" for name, found in metrics["versions"].items()),
+            "threshold": f"{evaluated.threshold:.4f}, stored in the model",
+            "bootstrap": f"{evaluated.samples} samples, seed {evaluated.seed}",
+        },
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; see the module's docstring. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "datasets", "matplotlib", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        arguments = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(argv)[0]
+        metrics = evaluate_checkpoint(arguments, argv)
+    except KeyboardInterrupt:
+        logger.error("Interrupted. The same command goes on from here.")
+        return 130
+    except (OSError, ValueError) as error:
+        logger.error("%s", error)
+        return 1
+    output_dir = Path(arguments.output_dir or Path("outputs") / metrics["task"] / "evaluation")
+    for key, name in HEADLINE.items():
+        estimate = metrics["classification"][key]
+        logger.info("%-18s %s (%s)", name, number(estimate["value"]), spread(estimate))
+    logger.info("Report: %s", output_dir / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What the parts of an evaluation read and give, and how they show numbers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from clsgen.evaluation.intervals import SAMPLES
+from clsgen.evaluation.predictions import LabelledTexts
+from clsgen.evaluation.report import Part
+from clsgen.evaluation.thresholds import Target
+
+
+@dataclass
+class Evaluated:
+    """What sections read.
+
+    Args:
+        rows ([`LabelledTexts`]): The reported rows.
+        modes (`dict[str, pandas.DataFrame]`): Their answers by mode of explanation; columns as of
+            `predictions.SCHEMA`. The numbers are those of the first mode.
+        threshold (`float`), labels (`tuple[str, str]`): The model's.
+        relation (`str`): What the reported rows are to the model: not seen, calibrated on, of another task.
+        validation (`pandas.DataFrame`, *optional*): Answers for the validation rows, which thresholds are fitted on.
+        others (`dict[str, pandas.DataFrame]`): Answers for data that it was not calibrated on.
+        compared (`dict[str, pandas.DataFrame]`): Other systems' predictions, indexed by id.
+        targets (`list[Target]`): For the threshold sheet.
+        alignment (`dict`): By mode and judge, what [`alignment.alignment_report`] gives.
+        unjudged (`str`): Why there is none.
+        collapse (`dict`, *optional*): What [`collapse.perplexity_report`] gives.
+        examples (`int`): Most examples of a kind.
+        samples, seed (`int`): Of the bootstrap.
+    """
+
+    rows: LabelledTexts
+    modes: dict[str, pd.DataFrame]
+    threshold: float
+    labels: tuple[str, str]
+    relation: str = "not seen"
+    validation: pd.DataFrame | None = None
+    others: dict[str, pd.DataFrame] = field(default_factory=dict)
+    compared: dict[str, pd.DataFrame] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
+    alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unjudged: str = ""
+    collapse: dict[str, Any] | None = None
+    examples: int = 3
+    samples: int = SAMPLES
+    seed: int = 0
+
+    @property
+    def numbers(self) -> pd.DataFrame:
+        """One row a text, with what doesn't depend on the mode."""
+        return next(iter(self.modes.values()))
+
+    @property
+    def explained(self) -> dict[str, pd.DataFrame]:
+        """The modes that write."""
+        return {mode: frame for mode, frame in self.modes.items() if mode != "none"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """Numbers for `metrics.json` under the section's name, and a part of the report."""
+
+    numbers: Any
+    part: Part
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number as the report shows it."""
+    return "undefined" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
+
+
+def spread(estimate: dict[str, Any]) -> str:
+    """An estimate's interval, or why there is none."""
+    if estimate["low"] is None:
+        return estimate.get("reason", "")
+    return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
+
+
+def shown(estimate: dict[str, Any]) -> str:
+    """An estimate with its interval, in one cell."""
+    if estimate["value"] is None:
+        return f"undefined: {estimate['reason']}"
+    return f"{estimate['value']:.3f} ({spread(estimate)})" if spread(estimate) else number(estimate["value"])

@@ -1,0 +1,169 @@
+"""The parts of an evaluation about the words: do they agree with the number, how they read, and examples."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from clsgen.evaluation.alignment import leakage_report
+from clsgen.evaluation.evaluated import Evaluated, Section, number, shown
+from clsgen.evaluation.intervals import agreement_with_intervals
+from clsgen.evaluation.language import language_report
+from clsgen.evaluation.report import Example, Examples, Paragraph, Part, Table
+
+LONGEST_TEXT = 900
+
+
+def alignment(evaluated: Evaluated) -> Section | None:
+    """Whether words and number agree, by mode and judge."""
+    if not evaluated.explained:
+        return None
+    title = "Do the words agree with the number?"
+    if not evaluated.alignment:
+        reason = f"Alignment is undefined: {evaluated.unjudged}."
+        return Section({"undefined": evaluated.unjudged}, Part(title, [Paragraph(reason, warning=True)]))
+    numbers: dict[str, Any] = {}
+    rows, unfit = [], set()
+    for mode, reports in evaluated.alignment.items():
+        frame, numbers[mode] = evaluated.modes[mode], {}
+        for judge, report in reports.items():
+            judged = [label is not None for label in report["judged_label"]]
+            labels = [label for label in report["judged_label"] if label is not None]
+            intervals = agreement_with_intervals(
+                frame["probability"][judged], frame["predicted"][judged], labels, evaluated.samples, evaluated.seed
+            )
+            kept = {key: value for key, value in report.items() if not key.startswith("judged_")}
+            numbers[mode][judge] = {**kept, "with_intervals": intervals}
+            worth, fitness = report["judge"], report["judge"]["fitness"]
+            if fitness and fitness["fit"] is False:
+                unfit.add(judge)
+            told = "unmeasured" if not fitness else f"{number(fitness['accuracy'])} of {fitness['judged']}"
+            sees = "kept" if worth["keeps_verdict_sentence"] else "removed"
+            counts = f"{report['judged']} of {report['rows']}"
+            cells = [shown(intervals[key]) for key in ("auroc_alignment", "kappa", "contradiction_rate")]
+            rows.append([f"{mode}, {judge}", sees, told, counts, *cells, number(report["words_accuracy"])])
+    columns = [
+        "mode, judge", "verdict sentence", "judge's own accuracy", "judged", "AUROC-alignment", "Cohen's kappa",
+        "contradiction rate", "words right",
+    ]  # fmt: skip
+    note = (
+        "A judge reads explanations alone, without the verdict line. Its own accuracy is that on the teacher's "
+        "validation explanations, which argue for a known label: no alignment number is worth more than its judge. "
+        "Agreement is not faithfulness: it does not show how the number came about."
+    )
+    blocks = [
+        Paragraph(f"The judge {judge} is unfit (accuracy below 0.95 with the verdict sentence).", warning=True)
+        for judge in sorted(unfit)
+    ]
+    return Section(numbers, Part(title, [*blocks, Table(columns, rows, note)]))
+
+
+def leakage(evaluated: Evaluated) -> Section | None:
+    """What the words add for one who wants to foresee the decision."""
+    if not evaluated.explained:
+        return None
+    texts = evaluated.rows.plain()
+    numbers = {mode: leakage_report(frame, texts, evaluated.seed) for mode, frame in evaluated.explained.items()}
+    rows = []
+    for target, of_what in (("predicted", "decision"), ("gold", "true label")):
+        for sees in ("input_only", "explanation_only", "both"):
+            name = f"AUROC for the {of_what} from {sees.replace('_', ' ')}"
+            rows.append([name, *(_or_reason(report, target, report[target][sees]) for report in numbers.values())])
+    rows.append(["Leakage-adjusted simulatability (LAS)", *(_or_reason(r, "las", r["las"]) for r in numbers.values())])
+    note = (
+        "A small simulator (TF-IDF and logistic regression, cross-validated on these rows) foresees the decision from "
+        "text, explanation or both. Explanations that alone give the decision away leak it; LAS is what they add "
+        "beyond that (Hase et al. 2020). Few rows: rough numbers."
+    )
+    return Section(numbers, Part("What the words give away, and add", [Table(["", *numbers], rows, note)]))
+
+
+def _or_reason(report: dict[str, Any], name: str, value: Any) -> str:
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
+        return f"undefined: {report['undefined'].get(name, 'no rows')}"
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def language(evaluated: Evaluated) -> Section | None:
+    """How the explanations read, by mode."""
+    if not evaluated.explained:
+        return None
+    texts, references = evaluated.rows.plain(), evaluated.rows.explanations
+    numbers = {
+        mode: language_report(frame["explanation"].tolist(), texts, references)
+        for mode, frame in evaluated.explained.items()
+    }
+    names = [name for name in next(iter(numbers.values())) if name != "undefined"]
+    rows = [
+        [name.replace("_", " "), *(_or_reason(report, name, report[name]) for report in numbers.values())]
+        for name in names
+    ]
+    note = "Means over explanations; see the docstring of evaluation/language.py for each."
+    return Section(numbers, Part("Language of the explanations", [Table(["", *numbers], rows, note)]))
+
+
+def collapse(evaluated: Evaluated) -> Section | None:
+    """Perplexity against the backbone's."""
+    if evaluated.collapse is None:
+        return None
+    rows = []
+    for name in ("general", "explanations"):
+        report = evaluated.collapse[name]
+        values = [number(report[key], 2) for key in ("perplexity", "backbone_perplexity")]
+        rows.append([f"{name} text", *values, number(report["ratio"]), str(report["tokens"])])
+    note = "A ratio far above 1 on general text: training for the task has cost the language model its language."
+    columns = ["", "perplexity", "backbone's", "ratio", "tokens"]
+    return Section(evaluated.collapse, Part("Linguistic collapse", [Table(columns, rows, note)]))
+
+
+def examples(evaluated: Evaluated) -> Section | None:
+    """Rows to look at: right, wrong, contradictory, least certain."""
+    if not evaluated.examples:
+        return None
+    frame = evaluated.numbers.reset_index(drop=True)
+    distance = (frame["probability"] - evaluated.threshold).abs()
+    right = frame["predicted"] == frame["gold"]
+    contradicts = pd.Series(False, index=frame.index)
+    for answers in evaluated.explained.values():
+        if "judged_label" in answers:
+            judged = answers["judged_label"].reset_index(drop=True)
+            contradicts |= judged.notna() & (judged != answers["predicted"].reset_index(drop=True))
+    kinds = {
+        "Right": ("The surest right decisions.", distance[right].nlargest(evaluated.examples)),
+        "Wrong": ("The surest wrong decisions.", distance[~right].nlargest(evaluated.examples)),
+        "Contradictory": (
+            "Words that, by the judge, argue against the decision.",
+            distance[contradicts].nlargest(evaluated.examples),
+        ),
+        "Least certain": ("The nearest to the threshold.", distance.nsmallest(evaluated.examples)),
+    }  # fmt: skip
+    blocks, numbers = [], {}
+    for title, (note, chosen) in kinds.items():
+        numbers[title.lower()] = frame.loc[chosen.index, "id"].tolist()
+        note = note if len(chosen) else "There are none."
+        blocks.append(Examples(title, note, [_example(evaluated, index) for index in chosen.index]))
+    return Section(numbers, Part("Examples", blocks))
+
+
+def _example(evaluated: Evaluated, index: int) -> Example:
+    row = evaluated.numbers.iloc[index]
+    text = evaluated.rows.texts[index]
+    fields = {"text": text} if isinstance(text, str) else text
+    facts = {
+        "probability": number(row["probability"]),
+        "decision": evaluated.labels[int(row["predicted"])],
+        "truth": evaluated.labels[int(row["gold"])],
+    }
+    explanations = {}
+    for mode, frame in evaluated.explained.items():
+        answer = frame.iloc[index]
+        label = answer.get("judged_label")
+        read = "" if label is None or pd.isna(label) else f", read as {evaluated.labels[int(label)]}"
+        explanations[f"{mode}{read}"] = answer["explanation"] or "(empty)"
+    return Example(row["id"], {name: _shortened(value) for name, value in fields.items()}, facts, explanations)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[: LONGEST_TEXT // 2]} [...] {text[-LONGEST_TEXT // 2 :]}"

@@ -1,0 +1,31 @@
+"""What a result file says of the run behind it."""
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
+
+_TOKEN = re.compile(r"\bhf_\w{8,}")
+
+
+def without_tokens(text: str) -> str:
+    """`text` without the Hub's tokens, which must not reach a file that may be published."""
+    return _TOKEN.sub("hf_...", text)
+
+
+def describe_run(script: str, argv: list[str]) -> dict[str, Any]:
+    """Command, commit and versions, for a result file that somebody can make again."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "command": without_tokens(shlex.join(["python", script, *argv])),
+        "commit": commit or None,
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+    }
