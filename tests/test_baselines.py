@@ -15,7 +15,7 @@ from benchmarks.baselines.__main__ import SYSTEMS, parse_options, system_class
 from benchmarks.baselines.cnn import TextCnn
 from benchmarks.baselines.fine_tuning import ClassificationOnly, SftOnly
 from benchmarks.baselines.prompting import first_difference, verbalised_probability
-from benchmarks.baselines.running import labelled, labels_of, run, text_of
+from benchmarks.baselines.running import labelled, labels_of, run
 from clsgen.tasks import Task
 
 
@@ -130,7 +130,7 @@ def test_few_shot_examples_are_balanced_and_from_training(task, backbones):
     examples = baseline._choose(4)
     assert examples.count("Answer: not supported") == 2
     assert examples.count("Answer: supported") == 2
-    known = {text_of(task, row) for row in labelled(task, "train")}
+    known = {task.text_of(row) for row in labelled(task, "train")}
     assert sum(text in examples for text in known) == 4
     assert baseline._choose(4) == examples
 
