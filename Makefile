@@ -2,9 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.requirements-installed
+SPACE_INSTALLED := $(VENV)/.space-installed
+BROWSER_INSTALLED := $(VENV)/.browser-test-installed
+MODEL ?= outputs/trial_claims/model
 
 .DEFAULT_GOAL := help
-.PHONY: help venv backbone demo test test-slow table check format clean
+.PHONY: help venv backbone demo test test-slow table space test-space check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +37,25 @@ test-slow: $(INSTALLED) ## run the tests that need minutes
 
 table: $(INSTALLED) ## rebuild results/table.csv and table.md from the result files
 	$(BIN)/python -m benchmarks.table
+
+$(SPACE_INSTALLED): space/requirements.txt $(INSTALLED)
+	$(BIN)/python -m pip install --requirement space/requirements.txt
+	touch $@
+
+$(BROWSER_INSTALLED): tests/browser/requirements.txt tests/browser/package.json $(SPACE_INSTALLED)
+	$(BIN)/python -m pip install --requirement tests/browser/requirements.txt
+	npm install --prefix tests/browser --no-package-lock --no-audit --no-fund
+	touch $@
+
+space: ## show the checkpoint of `make demo` in a browser
+	@test -f $(MODEL)/config.json || { echo "There is no checkpoint in $(MODEL): run 'make demo' first, or name one with MODEL=folder."; exit 1; }
+	@$(MAKE) --no-print-directory $(SPACE_INSTALLED)
+	CLSGEN_MODEL=$(MODEL) $(BIN)/python space/app.py
+
+test-space: ## test the Space's page in headless Chromium
+	@command -v chromium && command -v chromedriver && command -v npm || { echo "Chromium, ChromeDriver or npm is missing: apt-get install chromium chromium-driver npm"; exit 1; }
+	@$(MAKE) --no-print-directory $(BROWSER_INSTALLED)
+	$(BIN)/python -m pytest -m browser
 
 format: $(INSTALLED) ## fix what the linter can fix, and format
 	$(BIN)/ruff check --fix .
