@@ -17,7 +17,8 @@ from torch import nn
 
 from clsgen.batching_clsgen import pad_left
 from clsgen.early_exit_clsgen import decoder_up_to, layer_stack
-from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification, positions_from_mask
+from clsgen.head_clsgen import positions_from_mask
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 
 States = dict[int, torch.Tensor]
 

@@ -7,7 +7,6 @@ accelerate launch train_sft_cls.py --config recipes/clinifact.yaml --data_dir Cl
 
 import json
 import logging
-import math
 import os
 import resource
 import sys
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -28,24 +26,15 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
 from clsgen.backbones import DEQUANTIZED_SOURCE, dequantized_folder, resolve_backbone
-from clsgen.calibration import (
-    calibrated_probabilities,
-    choose_threshold,
-    conformal_coverage,
-    conformal_quantiles,
-    fit_temperature_and_bias,
-)
 from clsgen.checkpoint_folder import write_checkpoint
-from clsgen.classification_metrics import classification_metrics
-from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.frozen_layers import FrozenLayers
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
-from clsgen.publishing.cards import CARD_METRICS
 from clsgen.publishing.examples import write_examples
 from clsgen.publishing.footprint import available_cores, estimate_footprint
 from clsgen.publishing.hub import identity
 from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
 from clsgen.run_record import describe_run, without_tokens
+from clsgen.scoring import calibrate, score_test_split, table
 from clsgen.tasks import Task, class_counts, load_task
 from clsgen.trainer_clsgen import (
     ClsGenSFTConfig,
@@ -107,9 +96,10 @@ class TaskArguments:
         default=None, metadata={"help": "With `--push_to_hub`: the Hub's id of it; by default the base model's."}
     )
     results_dir: str | None = field(default=None, metadata={"help": "A further folder for metrics and predictions."})
-    publish_credentialed: bool = field(
-        default=False, metadata={"help": "You have the right to push what is made from this task's credentialed data."}
-    )
+    i_may_publish_credentialed_data: bool = field(
+        default=False, metadata={"help": "For --push_to_hub of a task that is marked `credentialed: true`: you have "
+                                         "the right to publish weights made from its data."}
+    )  # fmt: skip
 
 
 @dataclass
@@ -207,62 +197,6 @@ def start_warm(
     return found[0]
 
 
-def before_and_after(name: str, logits: np.ndarray, labels: np.ndarray, config: ClsGenConfig) -> dict[str, Any]:
-    """Metrics of a split with the config's calibration and threshold, and without either."""
-    calibrated = calibrated_probabilities(logits, **config.calibration)
-    return {
-        name: classification_metrics(labels, calibrated, config.threshold),
-        f"{name}_uncalibrated": classification_metrics(labels, calibrated_probabilities(logits, 1.0, 0.0), 0.5),
-    }
-
-
-def calibrate(trainer: ClsGenSFTTrainer, config: ClsGenConfig, arguments: TaskArguments) -> dict[str, Any]:
-    """Fits temperature, bias and threshold on the validation split, writes them into `config`; returns its metrics."""
-    logits, labels = trainer.decisions(trainer.predict(trainer.eval_dataset, metric_key_prefix="validation"))
-    if len(set(labels.tolist())) < 2:
-        raise ValueError(
-            f"The validation split holds one class only ({set(labels.tolist())}): nothing to calibrate on."
-        )
-    temperature, bias = fit_temperature_and_bias(logits, labels, fit_bias=config.cls_bias)
-    probabilities = calibrated_probabilities(logits, temperature, bias)
-    config.calibration = {"temperature": temperature, "bias": bias}
-    config.base_rate = float(labels.mean())
-    config.threshold = choose_threshold(labels, probabilities, arguments.threshold_method, arguments.fixed_threshold)
-    error_rate = arguments.conformal_error_rate
-    config.conformal = {
-        "error_rate": error_rate, "quantiles": list(conformal_quantiles(labels, probabilities, error_rate))
-    }  # fmt: skip
-    return before_and_after("validation", logits, labels, config)
-
-
-def score_test_split(
-    trainer: ClsGenSFTTrainer, config: ClsGenConfig, rows: Dataset, ids: list[str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of the test split, before and after calibration, and its predictions by id."""
-    logits, labels = trainer.decisions(trainer.predict(rows, metric_key_prefix="test"))
-    probabilities = calibrated_probabilities(logits, **config.calibration)
-    predictions = [
-        {"id": row_id, "label": int(label), "probability": float(p), "logit": float(logit)}
-        for row_id, label, p, logit in zip(ids, labels, probabilities, logits, strict=True)
-    ]
-    metrics = before_and_after("test", logits, labels, config)
-    if config.conformal:
-        metrics["test_conformal"] = conformal_coverage(labels, probabilities, config.conformal["quantiles"])
-    return metrics, predictions
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report's splits as an aligned text table."""
-    lines = [f"{'':24}" + "".join(f"{name:>18}" for name in CARD_METRICS)]
-    for split in ("validation_uncalibrated", "validation", "test_uncalibrated", "test"):
-        if split in report:
-            values = [report[split][name] for name in CARD_METRICS]
-            lines.append(
-                f"{split:24}" + "".join("undefined".rjust(18) if math.isnan(v) else f"{v:18.3f}" for v in values)
-            )
-    return "\n".join(lines)
-
-
 def show_examples(examples: list[dict[str, Any]]) -> None:
     """Prints predictions that [`write_examples`] made."""
     for example in examples:
@@ -271,15 +205,6 @@ def show_examples(examples: list[dict[str, Any]]) -> None:
         print(f"  {prediction['label']} (probability {prediction['probability']:.3f}, ", end="")
         print(f"threshold {prediction['threshold']:.3f}): {prediction['explanation']}")
         print(f"  gold label: {example['gold'] or 'none'}; the LM alone: {prediction['lm_probability']}")
-
-
-def check_may_publish(task: Task, arguments: TaskArguments, training: ClsGenSFTConfig) -> None:
-    """Raises `ValueError` where weights made from credentialed data would be pushed to the Hub."""
-    if task.credentialed and training.push_to_hub and not arguments.publish_credentialed:
-        raise ValueError(
-            f"The data of {task.name!r} are credentialed: weights trained on them must not be pushed to a Hub. Leave "
-            "out --push_to_hub; where you have the right to, say so with `--publish_credentialed true`."
-        )
 
 
 def prepare_output_dir(training: ClsGenSFTConfig, task: Task) -> Path:
@@ -354,7 +279,11 @@ def finish(
     config, training = base.config, trainer.args
     report["history"] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.eval_dataset is not None:
-        report.update(calibrate(trainer, config, arguments))
+        report.update(
+            calibrate(
+                trainer, config, arguments.threshold_method, arguments.fixed_threshold, arguments.conformal_error_rate
+            )
+        )
     predictions = []
     if "test" in task.splits:
         labelled = task.splits["test"].filter(lambda row: row["label"] is not None)
@@ -411,6 +340,7 @@ def publication(task: Task, arguments: TaskArguments, training: ClsGenSFTConfig,
         revision=training.hub_revision or "main",
         num_examples=arguments.num_examples,
         license=arguments.model_license,
+        i_may_publish_credentialed_data=arguments.i_may_publish_credentialed_data,
     )
     check_publication(asked, report)
     license_of(report, asked)
@@ -436,7 +366,6 @@ def main(argv: list[str] | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(training.seed)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
-    check_may_publish(task, arguments, training)
     output_dir = prepare_output_dir(training, task)
     report = {
         "task": task.name,

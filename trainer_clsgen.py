@@ -19,7 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from clsgen.classification_metrics import classification_metrics
 from clsgen.frozen_layers import FrozenLayers, first_trained_layer
-from clsgen.modeling_clsgen import IGNORE_INDEX, ClsGenForCausalLMAndClassification, supervised_positions
+from clsgen.losses_clsgen import IGNORE_INDEX, supervised_positions
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.training_rows import DataCollatorForClsGen, encode_rows, label_counts, pack_rows
 
 EVALUATION_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")

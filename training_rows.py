@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers.data.data_collator import DataCollatorMixin
 from trl import pack_dataset
 
-from clsgen.modeling_clsgen import IGNORE_INDEX
+from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.prompting_clsgen import PromptEncoder
 
 logger = logging.getLogger(__name__)

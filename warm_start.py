@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from clsgen.configuration_clsgen import POOLINGS
 from clsgen.frozen_layers import FrozenLayers, run_layers
-from clsgen.modeling_clsgen import IGNORE_INDEX, ClsGenForCausalLMAndClassification
+from clsgen.losses_clsgen import IGNORE_INDEX
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 
 logger = logging.getLogger(__name__)
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)

@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from clsgen.batching_clsgen import pad_left, token_batches
-from clsgen.modeling_clsgen import positions_from_mask
+from clsgen.head_clsgen import positions_from_mask
 
 # Logits of a small vocabulary over this many tokens take 400 MB in float32.
 MAX_BATCH_TOKENS = 2048

@@ -23,7 +23,10 @@ from clsgen.build_explanations import ANSWERS, build, main
 from clsgen.build_explanations import BuildArguments as Build
 from clsgen.explanations.filters import FilterArguments
 from clsgen.explanations.teacher import TeacherArguments, TeacherError, is_loopback
+from clsgen.publishing.hub import PublicationError
 from clsgen.tasks import class_counts, load_task
+from clsgen.train_sft_cls import TaskArguments, publication
+from clsgen.trainer_clsgen import ClsGenSFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = {
@@ -465,14 +468,14 @@ def test_is_loopback(url, expected):
 
 
 def test_credentialed_weights_are_not_pushed(folder, tmp_path):
-    from clsgen.train_sft_cls import TaskArguments, check_may_publish
-    from clsgen.trainer_clsgen import ClsGenSFTConfig
-
-    task = load_task(folder(credentialed=True))
-    training = ClsGenSFTConfig(str(tmp_path / "out"), push_to_hub=True, use_cpu=True, bf16=False)
-    with pytest.raises(ValueError, match="must not be pushed"):
-        check_may_publish(task, TaskArguments(), training)
-    check_may_publish(task, TaskArguments(publish_credentialed=True), training)
+    task_folder = folder(credentialed=True)
+    task = load_task(task_folder)
+    training = ClsGenSFTConfig(
+        str(tmp_path / "out"), push_to_hub=True, hub_model_id="me/model", use_cpu=True, bf16=False
+    )
+    report = {"task": task.name, "base_model": "org/backbone"}
+    with pytest.raises(PublicationError, match="credentialed"):
+        publication(task, TaskArguments(task=str(task_folder)), training, report)
 
 
 def test_a_model_in_this_process(folder, backbones, tmp_path):

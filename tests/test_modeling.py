@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreame
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
 from clsgen.configuration_clsgen import AUTO_MAP, ClsGenConfig
-from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification, running_sum
+from clsgen.head_clsgen import running_sum
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.prediction_clsgen import DecisionRule
 
 IGNORE = -100

@@ -13,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 from torch.nn import functional as F
 
-from clsgen.modeling_clsgen import IGNORE_INDEX
+from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer, last_complete_checkpoint
 from clsgen.training_rows import DataCollatorForClsGen, encode_rows, label_counts, pack_rows
 
