@@ -236,8 +236,11 @@ def train(
     fine_tune = training.num_train_epochs > 0 or training.max_steps > 0
     if not fine_tune and not arguments.warm_start:
         raise ValueError("No epochs and no warm start: nothing would be learned. Ask for one of them.")
-    training.cache_frozen_layers &= fine_tune  # a probe goes through them once anyway
-    first_layer = model_arguments.lora_first_layer if model_arguments.use_peft else 0
+    adapter = lora_config(model, model_arguments) if fine_tune else None
+    first_layer = model_arguments.lora_first_layer if adapter else 0
+    if training.cache_frozen_layers and not first_layer:
+        logger.info("`cache_frozen_layers` has nothing to do: no layer is gone through twice while it stays frozen.")
+        training.cache_frozen_layers = False
     model.config.pos_weight = resolve_pos_weight(training.pos_weight, rows["train"])
     probe = start_warm(model, rows["train"], arguments, training, first_layer) if arguments.warm_start else None
     if "validation" not in rows:
@@ -251,7 +254,7 @@ def train(
         args=training,
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
-        peft_config=lora_config(model, model_arguments) if fine_tune else None,
+        peft_config=adapter,
         callbacks=callbacks,
     )
     if not fine_tune:
