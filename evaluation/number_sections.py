@@ -21,7 +21,7 @@ METRIC_NAMES = {
 TARGET_NAMES = {
     "stored": "stored in the model", "half": "0.5", "sensitivity": "sensitivity at least {:g}",
     "specificity": "specificity at least {:g}", "ppv": "PPV at least {:g}",
-    "cost_ratio": "least cost where a miss costs {:g} false alarms",
+    "cost_ratio": "miss = {:g} false alarms",
 }  # fmt: skip
 FEW_ROWS = 200
 
