@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/explanation_kills"))
     parser.add_argument("--results_dir", type=Path, default=ROOT / "results" / "explanations" / "kills")
     arguments = parser.parse_args()
-    work = arguments.work_dir.resolve()
+    work = arguments.work_dir
     if (work / "built" / ANSWERS).exists():
         sys.exit(f"{arguments.work_dir} holds an older run: remove it, or name another --work_dir.")
     work.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ def class_ledger(judged: Iterable[Judged], labels: tuple[str, str]) -> dict[str,
         counts = split.setdefault(names[each.row["label"]], _no_counts())
         counts["rows"] += 1
         counts["asked"] += each.asked
-        counts["answered"] += each.asked and each.explanation is not None
+        counts["answered"] += each.asked and (each.explanation is not None or each.verdict is not None)
         if not each.asked and each.protocol != SOURCE:
             counts["not_asked"] += 1
         elif not each.kept:

@@ -512,9 +512,9 @@ def test_hand_checked_rows_give_each_filters_errors(run, server, tmp_path):
     assert [row["filter"] for row in sample].count("unsupported_by_text") == 1
     path = tmp_path / "audit.jsonl"
     path.write_text("\n".join(json.dumps({**row, "should_be": "kept"}) for row in sample))
-    report = run(audit=str(path), filters={"filters": ["verdict_agreement", "length"], "min_words": 18})
-    # Two-digit reports make no longer explanations: every one has 17 words and is refused; all four checked are good.
-    found = report["audit"]["filters"]["length"] if "audit" in report else {}
+    chosen = {"filters": ["verdict_agreement", "length"], "min_words": 30}
+    report = run(audit=str(path), min_kept_per_class=0, filters=chosen)
+    found = report["audit"]["filters"]["length"]  # refuses all of them
     assert found["wrongly"] == found["checked"] == 4
     assert found["false_positive_rate"] == 1.0
     assert report["audit"]["filters"]["verdict_agreement"]["false_positive_rate"] == 0.0
