@@ -12,21 +12,17 @@ import logging
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import cohen_kappa_score
-from sklearn.model_selection import cross_val_score
-from sklearn.pipeline import make_pipeline
+import pandas as pd
 from transformers import AutoModel
 
 from clsgen.atomic_io import write_json
 from clsgen.build_explanations import BuildArguments, build
+from clsgen.evaluation.alignment import alignment_report
+from clsgen.evaluation.judges import Judge, make_judge
 from clsgen.explanations.filters import FilterArguments
-from clsgen.explanations.recorded import read_recorded
 from clsgen.explanations.task_folder import DROP, EXPLAIN, HEAD
 from clsgen.explanations.teacher import TeacherArguments
 from clsgen.tasks import Task, load_task
@@ -36,38 +32,22 @@ ROOT = Path(__file__).resolve().parent.parent
 # The arms differ in one thing only: what becomes of a training row whose explanation the filters refuse.
 ARMS = {"all_explained": EXPLAIN, "filtered_dropped": DROP, "filtered_head_only": HEAD}
 METRICS = ("auroc", "f1", "accuracy", "brier", "ece", "rows", "positive", "threshold")
-Judge = Callable[[list[str]], list[int]]
 
 
-def fit_judge(task: Task, answers: Path, answers_id: str) -> tuple[Judge, dict[str, float]]:
-    """A reader that tells which label an explanation argues for: TF-IDF and logistic regression on the teacher's
-    training explanations and the verdicts that it gave with them. Returns it with its cross-validated accuracy."""
-    train = set(task.splits["train"]["id"])
-    found = [each.blind.answer for row_id, each in read_recorded(answers, task, answers_id).items() if row_id in train]
-    usable = [answer for answer in found if answer is not None]
-    texts, verdicts = [answer.explanation for answer in usable], [answer.verdict for answer in usable]
-    reader = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10))
-    folds = min(5, verdicts.count(0), verdicts.count(1))
-    accuracy = cross_val_score(reader, texts, verdicts, cv=folds).mean() if folds > 1 else float("nan")
-    reader.fit(texts, verdicts)
-    quality = {"name": "TF-IDF, logistic regression", "explanations": len(texts), "cv_accuracy": float(accuracy)}
-    return lambda explanations: reader.predict(explanations).tolist(), quality
-
-
-def alignment(model: Any, task: Task, judge: Judge, mode: str) -> dict[str, float]:
+def alignment(model: Any, task: Task, judge: Judge, mode: str) -> dict[str, Any]:
     """Whether explanations of the validation rows argue for the label that the head predicts."""
-    texts = [{name: row[name] for name in task.fields} for row in task.splits["validation"]]
-    predictions = model.classify_and_explain(texts, mode=mode)
-    spoken = [each for each in predictions if each.explanation and each.explanation.strip()]
-    predicted, judged = [each.label_id for each in spoken], judge([each.explanation for each in spoken])
-    agreed = sum(a == b for a, b in zip(predicted, judged, strict=True))
-    both = len({*predicted, *judged}) > 1
-    return {
-        "rows": len(predictions),
-        "empty": len(predictions) - len(spoken),
-        "contradiction_rate": 1 - agreed / len(spoken) if spoken else float("nan"),
-        "kappa": float(cohen_kappa_score(predicted, judged)) if both else float("nan"),
-    }
+    rows = task.splits["validation"]
+    predictions = model.classify_and_explain([{name: row[name] for name in task.fields} for row in rows], mode=mode)
+    table = pd.DataFrame(
+        {
+            "probability": [each.probability for each in predictions],
+            "predicted": [each.label_id for each in predictions],
+            "explanation": [each.explanation for each in predictions],
+            "gold": rows["label"],
+        }
+    )
+    report = alignment_report(table, judge)
+    return {name: value for name, value in report.items() if name not in ("judged_probability", "judged_label")}
 
 
 def train(arm: str, data: Path, output: Path, flags: list[str]) -> None:
@@ -94,7 +74,7 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     source = load_task(arguments.task, arguments.data_dir)
-    judge, judge_quality = fit_judge(source, arguments.answers, arguments.answers_id)
+    judge = make_judge("tfidf", source)
     runs: list[dict[str, Any]] = []
     for arm, filtered_rows in ARMS.items():
         data = (arguments.work_dir / arm / "data").resolve()
@@ -118,7 +98,6 @@ def main() -> None:
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.explanation_filtering", *sys.argv[1:]]),
         "task": source.name,
-        "judge": judge_quality,
         "note": "Threshold and calibration are fitted on the same validation rows, in every arm alike.",
         "ledger": report["ledger"],
         "runs": runs,

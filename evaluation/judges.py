@@ -4,7 +4,6 @@ A judge never sees the text, the gold label, the model's number or the verdict l
 the teacher's validation explanations, whose labels are known, and belongs beside each number that comes from it.
 """
 
-import ipaddress
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from tqdm.auto import tqdm
 
 from clsgen.evaluation.lm_scoring import answer_log_odds
 from clsgen.evaluation.sentences import split_sentences, without_last_sentence
+from clsgen.loopback import is_loopback
 from clsgen.prompting_clsgen import VERDICT_PREFIX, PromptEncoder, TaskPrompt
 from clsgen.tasks import Task
 
@@ -186,15 +186,6 @@ class TfidfJudge(Judge):
 
     def probabilities(self, texts: list[str]) -> list[float | None]:
         return self._model.predict_proba(texts)[:, 1].tolist() if texts else []
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the URL's host is this machine, whatever a name server says."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class OpenAIJudge(Judge):

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from clsgen.predict_clsgen import Journal
+from clsgen.journal import Journal
 from clsgen.table_files import read_rows
 from clsgen.tasks import Task
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from clsgen.explanations.protocols import Answer, Asker, UnusableAnswerError
 from clsgen.explanations.teacher import TRUNCATED, Messages, Reply, Teacher, TeacherArguments
-from clsgen.predict_clsgen import Journal
+from clsgen.journal import Journal
 
 _FORMAT = {"format": "clsgen teacher answers", "version": 1}
 

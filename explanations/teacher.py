@@ -3,17 +3,17 @@ shows holds a key or a text."""
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import openai
 from aiolimiter import AsyncLimiter
+
+from clsgen.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
 Messages = list[dict[str, str]]
@@ -103,17 +103,6 @@ class TeacherArguments:
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
         """US dollars."""
         return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the URL's host is this machine: `localhost`, or a literal loopback address. Other names may change."""
-    host = urlsplit(url).hostname or ""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class EndpointTeacher:

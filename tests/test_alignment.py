@@ -25,11 +25,11 @@ from clsgen.evaluation.judges import (
     LocalLMJudge,
     OpenAIJudge,
     TfidfJudge,
-    is_loopback,
     make_judge,
     teacher_explanations,
 )
 from clsgen.evaluation.lm_scoring import continuation_log_likelihoods
+from clsgen.loopback import is_loopback
 from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.tasks import Task, load_task
 

@@ -22,7 +22,8 @@ from huggingface_hub import DatasetCard
 from clsgen.build_explanations import ANSWERS, build, main
 from clsgen.build_explanations import BuildArguments as Build
 from clsgen.explanations.filters import FilterArguments
-from clsgen.explanations.teacher import TeacherArguments, TeacherError, is_loopback
+from clsgen.explanations.teacher import TeacherArguments, TeacherError
+from clsgen.loopback import is_loopback
 from clsgen.publishing.hub import PublicationError
 from clsgen.tasks import class_counts, load_task
 from clsgen.train_sft_cls import TaskArguments, publication
