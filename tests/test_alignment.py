@@ -28,7 +28,7 @@ from clsgen.evaluation.judges import (
     make_judge,
     teacher_explanations,
 )
-from clsgen.evaluation.lm_scoring import continuation_log_likelihoods
+from clsgen.evaluation.lm_scoring import answer_log_odds, continuation_log_likelihoods
 from clsgen.loopback import is_loopback
 from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.tasks import Task, load_task
@@ -219,6 +219,9 @@ def test_log_likelihoods_do_not_depend_on_the_batch(backbones, family):
     ]
     assert together == pytest.approx(by_loss, rel=1e-4)
     assert alone == pytest.approx(by_loss, rel=1e-4)
+    for answers in (([7, 8], [7, 9]), ([5], [6]), ([5], [6, 7])):  # in one pass, in one pass, in two
+        zero, one = (continuation_log_likelihoods(model, prompts, [answer] * 4) for answer in answers)
+        assert answer_log_odds(model, prompts, answers) == pytest.approx(np.subtract(one, zero), abs=1e-4)
     with pytest.raises(ValueError, match="a token at least"):
         continuation_log_likelihoods(model, [[]], [[1]])
 
