@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_clsgen import ClsGenConfig
 from .decision_clsgen import ClsGenDecisionMixin
@@ -18,7 +18,7 @@ from .prompting_clsgen import TaskPrompt
 
 
 @dataclass
-class ClsGenOutput(ModelOutput):
+class ClsGenOutput(CausalLMOutputWithPast):
     """Output of [`ClsGenForCausalLMAndClassification`].
 
     Args:
@@ -30,18 +30,13 @@ class ClsGenOutput(ModelOutput):
             as if each token were the decision token. Neither calibrated nor corrected for `pos_weight`.
         cls_past_scores (`torch.FloatTensor` of shape `(batch_size,)`): What the head's means have summed up to the
             last token, for a prompt that goes on in another call (`None` where the head reads no mean).
-        past_key_values, hidden_states, attentions: As in any causal LM.
+        past_key_values, hidden_states, attentions: As in any causal LM (inherited: transformers renames the first).
     """
 
-    loss: torch.FloatTensor | None = None
     lm_loss: torch.FloatTensor | None = None
     cls_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     cls_logits: torch.FloatTensor | None = None
     cls_past_scores: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMixin, PreTrainedModel, GenerationMixin):
@@ -224,6 +219,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         Returns:
             [`ClsGenOutput`]. With the pooling `"mean"`, `cls_logits` know of earlier calls by `cls_past_scores` alone.
         """
+        past_key_values = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
         keep_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and keep_all and self.training and not torch.compiler.is_compiling():
             logits_to_keep = supervised_positions(labels)

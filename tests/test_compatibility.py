@@ -17,14 +17,27 @@ from pathlib import Path
 import pytest
 from transformers import AutoModel
 
-from clsgen.checkpoint_folder import ROOT
+from clsgen.checkpoint_folder import ENTRY_POINTS, ROOT
 from clsgen.configuration_clsgen import FORMAT_VERSION, ClsGenConfig
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("format_*"))
 FORBIDDEN = {"ctypes", "ftplib", "http", "multiprocessing", "pickle", "shelve", "socket", "subprocess", "urllib"}
 EVALUATING = {"__import__", "compile", "eval", "exec", "input", "open"}
-SHIPPED = sorted(path.name for path in FIXTURES[-1].glob("*.py"))
+
+
+def shipped_files():
+    """What lies beside the weights of a checkpoint: the entry points, and all that these import from their folder."""
+    found, new = set(), {"modeling_clsgen.py", *ENTRY_POINTS}
+    while new:
+        found |= new
+        nodes = [node for name in new for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8")))]
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+        new = {f"{node.module}.py" for node in imports} - found
+    return sorted(found)
+
+
+SHIPPED = shipped_files()
 LOAD = """
 import json, sys
 from transformers import AutoModel

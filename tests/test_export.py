@@ -150,7 +150,7 @@ def test_the_command_writes_all_or_nothing(backbones, tmp_path):
     command = [sys.executable, str(ROOT / "export.py"), "--model", str(folder), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "causal_lm, clsgen.json, cls_head.safetensors, sequence_classification" in done.stdout
+    assert "causal_lm, cls_head.safetensors, clsgen.json, sequence_classification" in done.stdout
     with pytest.raises(SystemExit, match="is there already"):
         main(command[2:])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]

@@ -97,7 +97,7 @@ def test_what_cannot_work_is_refused_before_any_row(folder, rows, tmp_path, capl
 
 
 def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder, texts, tmp_path):
-    rows = [{"id": str(i), **texts[i % 4]} for i in range(640)]
+    rows = [{"id": str(i), **texts[i % 4]} for i in range(1600)]
     source, target = save(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     command = [
         sys.executable,
