@@ -78,6 +78,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         task: TaskPrompt | dict[str, Any] | None = None,
         labels: tuple[str, str] | None = None,
         config_kwargs: dict[str, Any] | None = None,
+        like: ClsGenConfig | None = None,
         **kwargs,
     ) -> "ClsGenForCausalLMAndClassification":
         """Wraps a plain LLM; its tokenizer is kept on the model.
@@ -87,19 +88,25 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
             task (`TaskPrompt` or `dict`, *optional*): The task's prompt.
             labels (`tuple[str, str]`, *optional*): Names of label 0 and label 1.
             config_kwargs (`dict`, *optional*): Further fields of [`ClsGenConfig`].
+            like ([`ClsGenConfig`], *optional*): In the place of the three: that of a finished model, whose adapter is
+                going to be loaded.
             kwargs: For `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
         """
         lm = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
         tokenizer_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **tokenizer_kwargs)
-        prompt = task if isinstance(task, TaskPrompt) else TaskPrompt.from_dict(task)
+        if like is None:
+            prompt = task if isinstance(task, TaskPrompt) else TaskPrompt.from_dict(task)
+            fields = {"prompt": prompt.to_dict(), "id2label": dict(enumerate(labels or prompt.verdicts))}
+            fields |= config_kwargs or {}
+        else:
+            of_the_backbone = {"text_config", "dtype", "architectures", "model_type", "transformers_version"}
+            fields = {name: value for name, value in like.to_dict().items() if name not in of_the_backbone}
         config = ClsGenConfig(
             text_config=lm.config,
-            prompt=prompt.to_dict(),
-            id2label=dict(enumerate(labels or prompt.verdicts)),
             dtype=lm.dtype,
             attn_implementation=lm.config._attn_implementation,  # a composite config would reset the backbone's
-            **(config_kwargs or {}),
+            **fields,
         )
         config.name_or_path = str(name_or_path)
         model = cls(config, lm=lm)

@@ -261,6 +261,24 @@ def test_lora_trains_saves_reloads_and_merges_to_the_same_probability(model, bac
     torch.testing.assert_close(merged(ids).cls_logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_adapter_comes_back_on_its_backbone_with_the_config_of_its_model(backbones, texts, tmp_path):
+    model = build(backbones["llama"], reads=[(1, "mean"), (3, "decision")])
+    model.config.calibration = {"temperature": 1.7, "bias": 0.3}
+    model.config.threshold = 0.31
+    lora = LoraConfig(target_modules="all-linear", modules_to_save=["cls_head"], init_lora_weights=False)
+    peft_model = get_peft_model(model, lora).eval()
+    peft_model.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    expected = peft_model.get_base_model().classify_and_explain(texts[0], max_new_tokens=4)
+    like = ClsGenConfig.from_pretrained(tmp_path)
+    fresh = ClsGenForCausalLMAndClassification.from_backbone(backbones["llama"], like=like, dtype=torch.float32)
+    found = (
+        PeftModel.from_pretrained(fresh, tmp_path).merge_and_unload().classify_and_explain(texts[0], max_new_tokens=4)
+    )
+    assert found.probability == pytest.approx(expected.probability, abs=1e-5)
+    assert (found.label, found.threshold, found.explanation) == (expected.label, 0.31, expected.explanation)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_keeps_gradients(model, use_reentrant):
     batch = batch_of(random_rows(), "left")
