@@ -19,7 +19,7 @@ METRIC_IDS = {"auroc": "roc_auc", "brier": "brier_score"}  # as the Hub calls th
 SPLITS = ("validation", "test")
 TAGS = ["clsgen", "dual-head", "explanation", "calibration", "custom_code"]
 LONGEST_LITERAL = 600
-NEEDED_TRANSFORMERS = "5.23.x"
+NEEDED_TRANSFORMERS = "5.23 or newer"
 
 
 def model_card(
