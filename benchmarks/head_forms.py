@@ -1,6 +1,7 @@
 """What the head of a task should read, and which labels its probe should be fitted to: writes `head_forms.json`.
 
-python -m benchmarks.head_forms --task clinifact --data_dir CliniFact --results_dir results/clinifact
+python -m benchmarks.head_forms --task clinifact --data_dir CliniFact --results_dir results/clinifact \\
+    --answers data/clinifact/explanations.jsonl --answers_id "{nctId}-{PMID}-{index}"
 
 Linear probes on the frozen backbone, by 5-fold cross-validation on train and validation together (AUROC; also with the
 rows of a trial in one fold, where ids begin with a trial), and fitted on train alone, by AUROC on validation. The
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 from benchmarks.measuring import describe_run
 from clsgen.atomic_io import write_json
 from clsgen.backbones import resolve_backbone
+from clsgen.explanations.recorded import read_recorded
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.tasks import Task, load_task
 from clsgen.training_rows import encode_rows
@@ -51,7 +53,7 @@ FORMS: dict[str, list[Read]] = {
 
 
 def features_of(task: Task, backbone: str, template: str, max_prompt_length: int) -> dict[str, np.ndarray]:
-    """Frozen features, gold labels, teacher's probabilities and trials of train and then validation, and the split."""
+    """Frozen features, gold labels and ids of train and then validation, and which rows are of train."""
     model = ClsGenForCausalLMAndClassification.from_backbone(
         resolve_backbone(backbone),
         task={**task.prompt, "template": template},
@@ -64,13 +66,11 @@ def features_of(task: Task, backbone: str, template: str, max_prompt_length: int
         rows = task.splits[split].filter(lambda row: row["label"] is not None)
         encoded = encode_rows(rows, model.encoder, 1, guided=False, name=split)
         features, labels = extract_features(model, encoded, list(LAYERS))
-        teacher = rows["teacher_probability"] if "teacher_probability" in rows.column_names else [None] * len(rows)
         parts.append(
             {
                 **{f"{layer}:{pooling}": x for (layer, pooling), x in features.items()},
                 "labels": labels.astype(int),
-                "teacher": np.array([np.nan if value is None else value for value in teacher], dtype=float),
-                "trials": np.array([row_id.split("-")[0] for row_id in rows["id"]]),
+                "ids": np.array(rows["id"]),
                 "is_train": np.full(len(rows), split == "train"),
             }
         )
@@ -110,16 +110,24 @@ def fit_and_score(
     return found
 
 
-def score(data: dict[str, np.ndarray], reads: list[Read], shares: tuple[float, ...]) -> list[dict[str, float]]:
+def teacher_probabilities(ids: np.ndarray, task: Task, answers: Path | None, answers_id: str) -> np.ndarray:
+    """The teacher's probability of label 1 for each row; nan where there is none."""
+    found = read_recorded(answers, task, answers_id) if answers else {}
+    blind = (found[row_id].blind.answer if row_id in found else None for row_id in ids)
+    return np.array([np.nan if answer is None else answer.probability for answer in blind])
+
+
+def score(
+    data: dict[str, np.ndarray], teacher: np.ndarray, reads: list[Read], shares: tuple[float, ...]
+) -> list[dict[str, float]]:
     """AUROC of the probes of one head form in the three ways of the module's docstring."""
     x = np.concatenate([data[f"{layer}:{pooling}"] for layer, pooling in reads], axis=1)
-    labels, teacher, is_train = data["labels"], data["teacher"], data["is_train"]
+    labels, is_train = data["labels"], data["is_train"]
+    trials = [row_id.split("-")[0] for row_id in data["ids"]]
     targets = {share: np.where(np.isnan(teacher), labels, (1 - share) * labels + share * teacher) for share in shares}
     ways = {
         "cv_auroc": list(StratifiedKFold(5, shuffle=True, random_state=0).split(x, labels)),
-        "cv_auroc_by_trial": list(
-            StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, labels, data["trials"])
-        ),
+        "cv_auroc_by_trial": list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, labels, trials)),
         "validation_auroc": [(np.flatnonzero(is_train), np.flatnonzero(~is_train))],
     }
     rows = {key: {"teacher_share": key[0], "C": key[1]} for key in product(shares, INVERSE_PENALTIES)}
@@ -140,6 +148,8 @@ def main() -> None:
     parser.add_argument("--task", default="clinifact")
     parser.add_argument("--data_dir", help="Source that the task's prepare.py reads.")
     parser.add_argument("--templates", nargs="*", help="Templates besides the task's own.")
+    parser.add_argument("--answers", type=Path, help="A teacher's, see build_explanations.py.")
+    parser.add_argument("--answers_id", default="{id}", help="The row's id, from their columns.")
     parser.add_argument("--max_prompt_length", type=int, default=512)
     parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--results_dir", required=True)
@@ -152,9 +162,10 @@ def main() -> None:
         data = kept_features(
             Path("outputs/head_forms"), task, arguments.backbone, template, arguments.max_prompt_length
         )
-        shares = TEACHER_SHARES if np.isfinite(data["teacher"]).any() else (0.0,)
+        teacher = teacher_probabilities(data["ids"], task, arguments.answers, arguments.answers_id)
+        shares = TEACHER_SHARES if np.isfinite(teacher).any() else (0.0,)
         for name, reads in tqdm(FORMS.items(), desc="Fitting probes", unit="form"):
-            rows += [{"template": template, "reads": name, **row} for row in score(data, reads, shares)]
+            rows += [{"template": template, "reads": name, **row} for row in score(data, teacher, reads, shares)]
         report = {
             **describe_run(),
             "task": task.name,
