@@ -79,7 +79,7 @@ class SftOnly(_FineTuned):
     """
 
     options = {  # noqa: RUF012
-        **COMMON, "epochs": 1, "learning_rate": 1e-3, "lora_first_layer": 20, "max_explanation_length": 128,
+        **COMMON, "epochs": 2, "learning_rate": 1e-3, "lora_first_layer": 18, "max_explanation_length": 128,
     }  # fmt: skip
 
     def fit(self) -> dict[str, Any]:
