@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 from transformers import BatchEncoding, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .batching_clsgen import pad_left
+from .batching_clsgen import alike, pad_left
 
 ROOM = 64  # tokens
 LEAST_TOKENS_SAVED = 128  # about what one more forward pass costs besides its tokens
@@ -25,6 +24,11 @@ class GrowingLayer(DynamicLayer):
 
     _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Takes over tensors of shape `(batch_size, num_heads, length or more, head_dim)`; what is behind is room."""
+        self._rooms = (keys, values)
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,9 +39,8 @@ class GrowingLayer(DynamicLayer):
         rooms = self._rooms or (None, None)
         kept = (self.keys, self.values)
         new = (key_states, value_states)
-        self._rooms = tuple(_with_room(*each) for each in zip(rooms, kept, new, strict=True))
         end = self.keys.shape[2] + key_states.shape[2]
-        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        self.fill(*(_with_room(*each) for each in zip(rooms, kept, new, strict=True)), end)
         return self.keys, self.values
 
 
@@ -58,6 +61,43 @@ def growing_cache(config: Any) -> DynamicCache:
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     cache.activate_past_recording()  # sliding windows can be cropped then
     return cache
+
+
+def can_be_padded_within(cache: DynamicCache) -> bool:
+    """Whether padding may stand between cached tokens; a sliding window would count it."""
+    return all(type(layer) is GrowingLayer for layer in cache.layers)
+
+
+def joined(parts: list[tuple[list[int], DynamicCache]], beginning: int) -> DynamicCache:
+    """The rows of several batches in one cache.
+
+    Args:
+        parts (`list[tuple[list[int], DynamicCache]]`): Each batch's place among the rows, and its cache, which is used
+            up; several of them have growing layers alone.
+        beginning (`int`): Tokens that no padding comes before. Shorter batches are padded behind them.
+    """
+    whole = parts[0][1]
+    if len(parts) == 1:
+        return whole
+    places = [rows for rows, _ in parts]
+    for _ in range(len(whole.layers)):
+        layers = [cache.layers.pop(0) for _, cache in parts]  # so that memory holds one layer twice, not all
+        length = max(layer.get_seq_length() for layer in layers)
+        keys = _padded_behind(beginning, places, [layer.keys for layer in layers], length)
+        values = _padded_behind(beginning, places, [layer.values for layer in layers], length)
+        layers[0].fill(keys, values, length)
+        whole.layers.append(layers[0])
+    return whole
+
+
+def _padded_behind(beginning: int, places: list[list[int]], states: list[torch.Tensor], length: int) -> torch.Tensor:
+    """States of shape `(rows, num_heads, tokens, head_dim)` of several batches in one tensor, with room at its end."""
+    _, heads, _, size = states[0].shape
+    room = states[0].new_zeros((sum(map(len, places)), heads, length + ROOM, size))
+    for rows, each in zip(places, states, strict=True):
+        room[rows, :, :beginning] = each[:, :, :beginning]
+        room[rows, :, length - each.shape[2] + beginning : length] = each[:, :, beginning:]
+    return room
 
 
 @dataclass(frozen=True)
@@ -84,13 +124,9 @@ class SharedPrefix:
             prompts (`list[list[int]]`): Ids. Each keeps at least its last token.
             whole (`bool`): Whether generation goes on from here; else only the layers below the head are run.
         """
-        first, last = min(prompts), max(prompts)  # in the order of their ids: what these two share, all share
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-        length = min(shared, *(len(prompt) - 1 for prompt in prompts))
+        length = min(alike(prompts), *(len(prompt) - 1 for prompt in prompts))
         cache = growing_cache(model.config.text_config)
-        # Padding stands between prefix and text, where a sliding window would count it.
-        can_share = all(type(layer) is GrowingLayer for layer in cache.layers)
-        if not can_share or length * (len(prompts) - 1) < LEAST_TOKENS_SAVED:
+        if not can_be_padded_within(cache) or length * (len(prompts) - 1) < LEAST_TOKENS_SAVED:
             return cls([], cache if whole else None)
         ids = prompts[0][:length]
         batch = pad_left([ids], model.pad_token_id, model.device)
@@ -100,16 +136,25 @@ class SharedPrefix:
             past_scores = model.run_to_head(**batch, past_key_values=cache)[1]
         return cls(ids, cache, past_scores)
 
+    def pad(self, model: Any, prompts: list[list[int]]) -> BatchEncoding:
+        """Whole prompts as a batch, whose padding stands between this and what follows it."""
+        length = len(self.input_ids)
+        batch = pad_left([prompt[length:] for prompt in prompts], model.pad_token_id, model.device)
+        beginning = batch["input_ids"].new_tensor(self.input_ids).expand(len(prompts), -1)
+        batch["input_ids"] = torch.cat([beginning, batch["input_ids"]], dim=1)
+        batch["attention_mask"] = F.pad(batch["attention_mask"], (length, 0), value=1)
+        return batch
+
     def batch(self, model: Any, prompts: list[list[int]]) -> tuple[BatchEncoding, dict[str, Any]]:
         """Prompts that begin with this, as a batch to go on from it.
 
         Returns:
-            The rest of the prompts, padded on the left, under a mask of shape `(rows, prefix + longest)`; and the
-            arguments of `forward` that hold what is computed already.
+            What [`pad`] gives, without the ids that are computed already; and the arguments of `forward` that hold
+            those.
         """
         length, rows = len(self.input_ids), len(prompts)
-        batch = pad_left([prompt[length:] for prompt in prompts], model.pad_token_id, model.device)
-        batch["attention_mask"] = F.pad(batch["attention_mask"], (length, 0), value=1)
+        batch = self.pad(model, prompts)
+        batch["input_ids"] = batch["input_ids"][:, length:]
         cache = copy.deepcopy(self.cache)
         if length and rows > 1:
             cache.batch_repeat_interleave(rows)

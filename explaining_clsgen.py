@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Iterator
-from functools import cached_property
+from itertools import chain
 from threading import Event, Thread
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -16,8 +17,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from .batching_clsgen import pad_left
-from .caching_clsgen import SharedPrefix
+from .batching_clsgen import alike, pad_left, pass_tokens, token_batches
+from .caching_clsgen import SharedPrefix, can_be_padded_within, joined
 from .prompting_clsgen import VERDICT_PREFIX, EncodedPrompt
 
 # Options of `generate` that mean the same when a batch is generated in several calls, each from where the last ended.
@@ -33,7 +34,7 @@ STREAM_THREAD = "clsgen-stream"
 class _SomeRowsEnded(StoppingCriteria):
     """Stops the whole batch once a share of its rows has ended, so that they can be dropped from it."""
 
-    def __init__(self, stop_ids: torch.LongTensor, share: float = 0.25):
+    def __init__(self, stop_ids: torch.LongTensor, share: float = 0.125):
         self.stop_ids = stop_ids
         self.share = share
         self.ended: torch.BoolTensor | None = None
@@ -74,7 +75,7 @@ class _Cancelled(StoppingCriteria):
 
 
 class Prefill:
-    """The computed prompts of a batch: the head's logits, the LM's own reading, and the KV cache to go on from.
+    """The computed prompts of a batch: the head's logits, and the KV cache to go on from.
 
     Args:
         model ([`ClsGenForCausalLMAndClassification`]): In evaluation mode.
@@ -86,62 +87,94 @@ class Prefill:
         self.model = model
         ids = [prompt.input_ids for prompt in prompts]
         prefix = prefix or SharedPrefix.of(model, ids, whole=True)
-        rest, past = prefix.batch(model, ids)
-        outputs = model(**rest, **past, use_cache=True, logits_to_keep=1)
-        self.cache = past["past_key_values"]
-        beginning = rest["input_ids"].new_tensor(prefix.input_ids).expand(len(ids), -1)
-        self.batch = {**rest, "input_ids": torch.cat([beginning, rest["input_ids"]], dim=1)}
-        self.cls_logits = outputs.cls_logits[:, -1].cpu()  # (batch_size,)
-        self._next_logits = outputs.logits  # (batch_size, 1, vocab_size)
+        self.batch = prefix.pad(model, ids)
+        places = [list(range(len(ids)))]
+        if can_be_padded_within(prefix.cache):
+            lengths = [len(each) - len(prefix.input_ids) for each in ids]
+            places = [sorted(rows) for rows in token_batches(lengths, pass_tokens(model.device))]
+        passes = [self._run([ids[i] for i in rows], prefix) for rows in places]
+        cls_logits, next_logits, caches = zip(*passes, strict=True)
+        back = torch.tensor(list(chain(*places))).argsort()
+        self.cls_logits = torch.cat(cls_logits).cpu()[back]  # (batch_size,)
+        self._next_logits = torch.cat(next_logits)[back.to(model.device)]  # (batch_size, 1, vocab_size)
+        self.cache = joined(list(zip(places, caches, strict=True)), len(prefix.input_ids))
 
-    @cached_property
-    def lm_probabilities(self) -> torch.FloatTensor:
-        """P(verdict of 1) / (P(verdict of 0) + P(verdict of 1)) by the LM, shape `(batch_size,)`."""
-        scores = []
-        for label in (0, 1):
-            verdict = torch.tensor([self.model.encoder.encode_verdict(label)], device=self.model.device)
-            verdict = verdict.expand(len(self.cls_logits), -1)
-            given, logits = verdict[:, :-1], self._next_logits
-            if given.shape[1]:
-                mask = F.pad(self.batch["attention_mask"], (0, given.shape[1]), value=1)
-                following = self.model(input_ids=given, attention_mask=mask, past_key_values=self.cache)
-                logits = torch.cat([logits, following.logits], dim=1)
-                self.cache.crop(-given.shape[1])
-            log_probabilities = logits.float().log_softmax(dim=-1)
-            scores.append(log_probabilities.gather(2, verdict[..., None]).sum(dim=(1, 2)))
-        return torch.sigmoid(scores[1] - scores[0])
+    def _run(self, prompts: list[list[int]], prefix: SharedPrefix) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+        """Both heads' logits at the last tokens of prompts that go into one forward pass, and the cache."""
+        batch, past = prefix.batch(self.model, prompts)
+        outputs = self.model(**batch, **past, use_cache=True, logits_to_keep=1)
+        return outputs.cls_logits[:, -1], outputs.logits, past["past_key_values"]
 
-    def start(
-        self, labels: list[int] | None, generate_kwargs: dict[str, Any] | None = None, keep: bool = False
-    ) -> dict[str, Any]:
-        """The arguments of `generate` that go on from here.
+    def copy(self) -> "Prefill":
+        """A prefill to go on from in another way than from this one."""
+        other = copy.copy(self)
+        other.cache, other.batch = copy.deepcopy(self.cache), dict(self.batch)
+        return other
+
+    def read_verdicts(self, labels: list[int]) -> torch.FloatTensor:
+        """Lets each explanation begin with the verdict line of a label, and reads how likely the LM finds either line.
+
+        What the two lines begin with alike is computed once, and the lines that are kept for good.
 
         Args:
-            labels (`list[int]`, *optional*): Whose verdict lines come first; `None` for no hint.
-            generate_kwargs (`dict`, *optional*): The caller's options.
-            keep (`bool`, *optional*, defaults to `False`): Whether this prefill is used again after.
+            labels (`list[int]`): 0 or 1, one a row.
+
+        Returns:
+            P(line of 1) / (P(line of 0) + P(line of 1)) by the LM, shape `(batch_size,)`.
         """
+        lines = [self.model.encoder.encode_verdict(label) for label in (0, 1)]
+        shared = min(alike(lines), *(len(line) - 1 for line in lines))
+        if shared:
+            self._next_logits = self._append([lines[0][:shared]] * len(labels), logits_to_keep=1)
+        kept, ends = dict(self.batch), [line[shared:] for line in lines]
+        other = self._score_ends([ends[1 - label] for label in labels])
+        self._forget_behind(kept["input_ids"].shape[1])
+        self.batch = kept
+        chosen = self._score_ends([ends[label] for label in labels])
+        signs = 2 * torch.tensor(labels) - 1
+        return torch.sigmoid(signs * (chosen - other))
+
+    def _append(self, rows: list[list[int]], logits_to_keep: int = 0) -> torch.FloatTensor:
+        """Logits behind the tokens that each row goes on with, or behind the last ones; over the whole vocabulary."""
+        new = pad_left(rows, self.model.pad_token_id, self.model.device)
+        self.batch = {name: torch.cat([self.batch[name], new[name]], dim=1) for name in new}
+        mask = self.batch["attention_mask"]
+        past = {"past_key_values": self.cache, "logits_to_keep": logits_to_keep}
+        return self.model(input_ids=new["input_ids"], attention_mask=mask, **past).logits
+
+    def _score_ends(self, ends: list[list[int]]) -> torch.FloatTensor:
+        """Log-probability of what each row goes on with, shape `(batch_size,)`; the cache lacks the last tokens."""
+        batch = pad_left(ends, self.model.pad_token_id, self.model.device)
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        logits = self._next_logits
+        if ids.shape[1] > 1:
+            following = self._append([end[:-1] for end in ends])
+            logits = torch.cat([logits, torch.where(mask[:, :-1, None], following, logits)], dim=1)
+        self.batch = {name: torch.cat([self.batch[name], batch[name][:, -1:]], dim=1) for name in batch}
+        scores = logits.float().log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
+        return scores.masked_fill(~mask, 0).sum(dim=1).cpu()
+
+    def _forget_behind(self, length: int) -> None:
+        if surplus := self.cache.get_seq_length() - length:
+            self.cache.crop(-surplus)
+
+    def start(self, generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The arguments of `generate` that go on from here, with the caller's options. They use this prefill up."""
         config, options = self.model.config, dict(generate_kwargs or {})
-        cache = copy.deepcopy(self.cache) if keep else self.cache
-        batch = dict(self.batch)
-        if labels is None:
-            cache.crop(-1)  # the cache holds the whole prompt, and generate needs a token to start from
-        else:
-            lines = [self.model.encoder.encode_verdict(label) for label in labels]
-            verdicts = pad_left(lines, self.model.pad_token_id, self.model.device)
-            batch = {name: torch.cat([batch[name], verdicts[name]], dim=1) for name in batch}
+        length = self.batch["input_ids"].shape[1]
+        self._forget_behind(length - 1)  # `generate` needs a token to start from
         if "max_length" not in options:
             options.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens or 128)
         if config.explanation_no_repeat_ngram_size:
-            ours = NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, batch["input_ids"].shape[1])
+            ours = NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, length)
             options["logits_processor"] = LogitsProcessorList([ours, *options.get("logits_processor", ())])
-        return {**batch, **options, "past_key_values": cache, "return_dict_in_generate": False}
+        return {**self.batch, **options, "past_key_values": self.cache, "return_dict_in_generate": False}
 
-    def explain(self, labels: list[int] | None, generate_kwargs: dict[str, Any], keep: bool = False) -> list[str]:
+    def explain(self, generate_kwargs: dict[str, Any]) -> list[str]:
         """Explanations of the batch; rows that have ended leave it while the others go on."""
         if generate_kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("`num_return_sequences` must be 1: a prediction holds one explanation.")
-        inputs = self.start(labels, generate_kwargs, keep)
+        inputs = self.start(generate_kwargs)
         if generate_kwargs.get("num_beams", 1) > 1:  # `generate` repeats the ids for its beams, but not a cache
             inputs["past_key_values"].batch_repeat_interleave(generate_kwargs["num_beams"])
         droppable = len(self.cls_logits) > 3 and set(generate_kwargs) <= _RESUMABLE

@@ -10,14 +10,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .attribution_clsgen import occlusions
-from .batching_clsgen import token_batches, windows
+from .batching_clsgen import pass_tokens, token_batches, windows
 from .caching_clsgen import SharedPrefix
 from .explaining_clsgen import Prefill, stream_pieces
 from .prediction_clsgen import Attribution, DecisionRule, Prediction
 from .prompting_clsgen import EncodedPrompt, PromptEncoder, TaskPrompt
 
 Text = str | dict[str, str]
-MAX_BATCH_TOKENS = 4096
 MAX_GENERATION_BATCH_TOKENS = 16384  # a decoding step costs nearly the same for few rows and for many
 WINDOW = 1024
 
@@ -93,7 +92,7 @@ class ClsGenInferenceMixin:
         *,
         whole: bool,
         batch_size: int | None,
-        max_batch_tokens: int,
+        max_batch_tokens: int | None,
         attributions: bool,
         progress: bool,
     ) -> Iterator[Prediction]:
@@ -109,7 +108,7 @@ class ClsGenInferenceMixin:
                 predictions: dict[int, Prediction] = {}
                 prefix = SharedPrefix.of(self, [prompt.input_ids for prompt in prompts], whole)
                 lengths = [len(prompt.input_ids) for prompt in prompts]
-                for indices in token_batches(lengths, max_batch_tokens, batch_size):
+                for indices in token_batches(lengths, max_batch_tokens or pass_tokens(self.device), batch_size):
                     with torch.inference_mode():  # here, not around the loop: callers run their own code in between
                         answers = predict([prompts[i] for i in indices], prefix)
                     predictions.update(zip(indices, answers, strict=True))
@@ -126,7 +125,7 @@ class ClsGenInferenceMixin:
         *,
         prior: float | None = None,
         attributions: bool = False,
-        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_batch_tokens: int | None = None,
         progress: bool = False,
     ) -> Iterator[Prediction]:
         """[`classify`] for any iterable: an iterator in the same order, in constant memory.
@@ -157,7 +156,7 @@ class ClsGenInferenceMixin:
         *,
         prior: float | None = None,
         attributions: bool = False,
-        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_batch_tokens: int | None = None,
     ) -> Prediction | list[Prediction]:
         """The task's answer for each text, without an explanation: only the layers below the head are run.
 
@@ -167,7 +166,8 @@ class ClsGenInferenceMixin:
             prior (`float`, *optional*): Another base rate of label 1 to re-base probabilities to, in (0, 1).
             attributions (`bool`, *optional*, defaults to `False`): Whether to say what each sentence does to the
                 answer; costs about one more text a sentence.
-            max_batch_tokens (`int`, *optional*, defaults to 4096): Most tokens a forward pass, padding included.
+            max_batch_tokens (`int`, *optional*): Most tokens a forward pass, padding included. Defaults to 2048 on a
+                CPU and 8192 elsewhere.
 
         Returns:
             [`Prediction`], or for a list a list of them in the same order.
@@ -280,7 +280,8 @@ class ClsGenInferenceMixin:
         explained = []
         for i, label_id in enumerate(wanted):
             labels = [predictions[0].label_id if label_id is None else label_id]
-            explained += self._explained(prefill, predictions, labels, generate_kwargs, keep=i + 1 < len(wanted))
+            last = i + 1 == len(wanted)
+            explained += self._explained(prefill if last else prefill.copy(), predictions, labels, generate_kwargs)
         return explained if several else explained[0]
 
     def _label_id(self, label: str | int | None) -> int | None:
@@ -297,11 +298,10 @@ class ClsGenInferenceMixin:
         predictions: list[Prediction],
         labels: list[int] | None,
         generate_kwargs: dict[str, Any],
-        keep: bool = False,
     ) -> list[Prediction]:
-        readings = [None] * len(predictions) if labels is None else prefill.lm_probabilities.tolist()
+        readings = [None] * len(predictions) if labels is None else prefill.read_verdicts(labels).tolist()
         names = [None if labels is None else self.config.label_names[labels[i]] for i in range(len(predictions))]
-        words = prefill.explain(labels, generate_kwargs, keep)
+        words = prefill.explain(generate_kwargs)
         return [
             replace(prediction, explanation=text, explained_label=name, lm_probability=reading)
             for prediction, text, name, reading in zip(predictions, words, names, readings, strict=True)
@@ -350,10 +350,13 @@ class ClsGenInferenceMixin:
         prefill = Prefill(self, prompts)
         prediction = rule.predict(prefill.cls_logits, [prompts[0].truncated], prior)[0]
         if mode == "guided":
-            name, reading = self.config.label_names[prediction.label_id], prefill.lm_probabilities.item()
+            name, reading = (
+                self.config.label_names[prediction.label_id],
+                prefill.read_verdicts([prediction.label_id]).item(),
+            )
             prediction = replace(prediction, explained_label=name, lm_probability=reading)
         yield prediction
-        inputs = prefill.start([prediction.label_id] if mode == "guided" else None, generate_kwargs)
+        inputs = prefill.start(generate_kwargs)
         pieces = []
         for piece in stream_pieces(self, inputs, timeout):
             pieces.append(piece)
@@ -370,12 +373,12 @@ class ClsGenInferenceMixin:
             await asyncio.to_thread(events.close)
 
     @torch.inference_mode()
-    def attribute(self, text: Text, max_batch_tokens: int = MAX_BATCH_TOKENS) -> tuple[Attribution, ...]:
+    def attribute(self, text: Text, max_batch_tokens: int | None = None) -> tuple[Attribution, ...]:
         """What each sentence of a text does to the head's logit, by leaving it out.
 
         Args:
             text (`str` or `dict`): As in [`classify`].
-            max_batch_tokens (`int`, *optional*, defaults to 4096): As in [`classify`].
+            max_batch_tokens (`int`, *optional*): As in [`classify`].
 
         Returns:
             `tuple[Attribution, ...]`: In the order of the text; nothing for what was cut from too long a text.
@@ -385,7 +388,7 @@ class ClsGenInferenceMixin:
         logits = torch.empty(len(prompts))
         self.eval()
         prefix = SharedPrefix.of(self, prompts, whole=False)
-        for indices in token_batches([len(prompt) for prompt in prompts], max_batch_tokens):
+        for indices in token_batches(list(map(len, prompts)), max_batch_tokens or pass_tokens(self.device)):
             logits[indices] = self._logits([prompts[i] for i in indices], prefix)
         scores = (logits[0] - logits[1:]).tolist()
         return tuple(Attribution(*place, score=score) for place, score in zip(places, scores, strict=True))

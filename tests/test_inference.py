@@ -11,9 +11,10 @@ import torch
 from conftest import build
 from transformers import DynamicCache
 
+from clsgen import explaining_clsgen
 from clsgen.attribution_clsgen import sentence_spans
 from clsgen.batching_clsgen import token_batches
-from clsgen.caching_clsgen import SharedPrefix, growing_cache
+from clsgen.caching_clsgen import SharedPrefix, can_be_padded_within, growing_cache
 from clsgen.early_exit_clsgen import decoder_up_to
 from clsgen.explaining_clsgen import STREAM_THREAD, Prefill, generate_dropping_ended_rows
 
@@ -45,6 +46,7 @@ def test_batches_and_order_do_not_matter(any_model, texts, mode):
         assert one.explanation == two.explanation == three.explanation
         assert one.probability == pytest.approx(two.probability, abs=1e-4)
         assert one.probability == pytest.approx(three.probability, abs=1e-4)
+        assert one.lm_probability == pytest.approx(two.lm_probability, abs=1e-4)
 
 
 def test_guided_explanations_are_plain_generation_behind_the_verdict_line(any_model, texts):
@@ -150,6 +152,23 @@ def test_equal_prompts_share_all_but_their_last_token(model):
     assert SharedPrefix.of(model, prompts[:1], whole=False).input_ids == []
 
 
+@pytest.mark.parametrize("mode", ["guided", "free"])
+def test_a_batch_may_be_prefilled_in_several_passes(any_model, texts, mode, monkeypatch):
+    together = any_model.classify_and_explain(texts, mode=mode, max_new_tokens=8)
+    passes = []
+    whole = explaining_clsgen.Prefill._run
+    monkeypatch.setattr(explaining_clsgen, "pass_tokens", lambda device: 1)
+    monkeypatch.setattr(explaining_clsgen.Prefill, "_run", lambda *args: passes.append(len(args[1])) or whole(*args))
+    apart = any_model.classify_and_explain(texts, mode=mode, max_new_tokens=8)
+    assert sum(passes) == len(texts)
+    windowed = not can_be_padded_within(growing_cache(any_model.config.text_config))
+    assert len(passes) == (1 if windowed else len(texts))
+    for one, two in zip(together, apart, strict=True):
+        assert one.explanation == two.explanation
+        assert one.probability == pytest.approx(two.probability, abs=1e-4)
+        assert one.lm_probability == pytest.approx(two.lm_probability, abs=1e-4)
+
+
 def test_a_growing_cache_holds_what_a_dynamic_cache_holds(model):
     caches = DynamicCache(config=model.config.text_config), growing_cache(model.config.text_config)
     generator = torch.Generator().manual_seed(0)
@@ -224,7 +243,7 @@ def test_rows_that_end_leave_the_batch_and_all_say_the_same(model, texts):
     assert len({len(row) for row in apart}) > 1
     sizes = []
     with torch.inference_mode():
-        inputs = Prefill(model, prompts).start(None, options)
+        inputs = Prefill(model, prompts).start(options)
         model.lm.register_forward_pre_hook(
             lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
         )
