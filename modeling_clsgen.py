@@ -226,7 +226,8 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         Returns:
             [`ClsGenOutput`]. With the pooling `"mean"`, `cls_logits` know of earlier calls by `cls_past_scores` alone.
         """
-        past_key_values = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
+        if isinstance(kwargs.get("cache"), Cache):  # its name from transformers 5.24 on; a paged cache goes through
+            past_key_values = kwargs.pop("cache")
         keep_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and keep_all and self.training and not torch.compiler.is_compiling():
             logits_to_keep = supervised_positions(labels)

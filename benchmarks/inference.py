@@ -1,6 +1,6 @@
 """Inference against what a user would take instead, side by side in one process: writes `results/inference.json`.
 
-python -m benchmarks.inference --data_dir CliniFact --clinifact_model outputs/clinifact/model
+python -m benchmarks.inference --data_dir CliniFact
 python -m benchmarks.inference --only memory      # one comparison; the others' results stay
 
 Ratios of speed (`classify_vs_*`, `batch_explain_vs_generate`, `int8_vs_float32_latency`) are ours over the peer's,
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from benchmarks.measuring import describe_run, medians, peak_memory_mib, take_turns
@@ -25,7 +26,9 @@ from clsgen.atomic_io import write_json
 from clsgen.backbones import resolve_backbone
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.tasks import load_task
+from clsgen.train_sft_cls import parse_reads
 
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 BATCH_SIZES = (1, 4, 8, 16)
 NEW_TOKENS = 64
@@ -43,6 +46,19 @@ def texts_of(task_name: str, data_dir: str | None, splits: tuple[str, ...], coun
 def load(folder: str) -> ClsGenForCausalLMAndClassification:
     """A checkpoint in float32."""
     return ClsGenForCausalLMAndClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def with_a_new_head(task_name: str, data_dir: str | None, backbone: str) -> ClsGenForCausalLMAndClassification:
+    """A task's model before training: prompts and reads of its recipe, whose speed doesn't depend on the weights."""
+    recipe = yaml.safe_load((RECIPES / f"{task_name}.yaml").read_text(encoding="utf-8"))
+    task = load_task(task_name, data_dir)
+    config = {
+        "cls_reads": parse_reads(recipe["cls_reads"]),
+        "max_prompt_length": recipe["max_length"] - recipe["max_explanation_length"],
+    }
+    return ClsGenForCausalLMAndClassification.from_backbone(
+        resolve_backbone(backbone), task.prompt, task.labels, config, dtype=torch.float32
+    )
 
 
 def stock_classifier(model: ClsGenForCausalLMAndClassification, backbone: str) -> Any:
@@ -242,8 +258,7 @@ def main() -> None:
     """Runs the comparisons; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/trial_claims/model", help="A checkpoint of trial_claims.")
-    parser.add_argument("--clinifact_model", default="outputs/clinifact/model", help="A checkpoint of clinifact.")
-    parser.add_argument("--data_dir", help="A CliniFact checkout.")
+    parser.add_argument("--data_dir", help="A CliniFact checkout, for `two_pass` and `clinifact`.")
     parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", help=", ".join(COMPARISONS))
@@ -271,7 +286,7 @@ def main() -> None:
     if "memory" in wanted:
         found["classify_peak_memory_10000_vs_500"] = compare_memory(arguments.model)
     if wanted & {"two_pass", "clinifact"}:
-        model = load(arguments.clinifact_model)
+        model = with_a_new_head("clinifact", arguments.data_dir, backbone)
         texts = texts_of("clinifact", arguments.data_dir, ("train",), 128)
     if "two_pass" in wanted:
         found["explain_vs_two_pass"] = compare_two_passes(model, texts[0], backbone, repeats)

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from conftest import build
-from transformers import DynamicCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from clsgen import explaining_clsgen
 from clsgen.attribution_clsgen import sentence_spans
@@ -150,6 +150,16 @@ def test_equal_prompts_share_all_but_their_last_token(model):
     assert prefix.input_ids == prompts[0][:-1]
     assert model._logits(prompts, prefix).tolist() == pytest.approx([model.classify("The same text.").logit] * 9)
     assert SharedPrefix.of(model, prompts[:1], whole=False).input_ids == []
+
+
+def test_continuous_batching_writes_what_generate_writes(model, texts):
+    prompts = [[*model.encoder.encode(text).input_ids, *model.encoder.encode_verdict(1)] for text in texts]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=model.pad_token_id)
+    pages = ContinuousBatchingConfig(page_size=32, num_blocks=64, max_batch_tokens=256)  # or it takes all memory
+    found = model.generate_batch(prompts, config, continuous_batching_config=pages, progress_bar=False)
+    for prompt, request in zip(prompts, found.values(), strict=True):
+        alone = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+        assert request.generated_tokens == alone
 
 
 @pytest.mark.parametrize("mode", ["guided", "free"])
