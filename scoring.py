@@ -28,6 +28,19 @@ def before_and_after(name: str, logits: np.ndarray, labels: np.ndarray, config: 
     }
 
 
+def prediction_records(
+    ids: list[str], labels: np.ndarray, logits: np.ndarray, probabilities: np.ndarray, threshold: float
+) -> list[dict[str, Any]]:
+    """What `test_predictions.json` holds, one record a row; `evaluate_clsgen.py --compare` reads it."""
+    return [
+        {
+            "id": row_id, "label": int(label), "predicted": int(probability >= threshold),
+            "probability": float(probability), "logit": float(logit),
+        }
+        for row_id, label, logit, probability in zip(ids, labels, logits, probabilities, strict=True)
+    ]  # fmt: skip
+
+
 def calibrate(
     trainer: ClsGenSFTTrainer,
     config: ClsGenConfig,
@@ -70,10 +83,7 @@ def score_test_split(
     """Metrics of the test split, before and after calibration, and its predictions by id."""
     logits, labels = trainer.decisions(trainer.predict(rows, metric_key_prefix="test"))
     probabilities = calibrated_probabilities(logits, **config.calibration)
-    predictions = [
-        {"id": row_id, "label": int(label), "probability": float(p), "logit": float(logit)}
-        for row_id, label, p, logit in zip(ids, labels, probabilities, logits, strict=True)
-    ]
+    predictions = prediction_records(ids, labels, logits, probabilities, config.threshold)
     metrics = before_and_after("test", logits, labels, config)
     if config.conformal:
         metrics["test_conformal"] = conformal_coverage(labels, probabilities, config.conformal["quantiles"])

@@ -66,6 +66,8 @@ def test_result_files(system, task, backbones, tmp_path):
     assert written["test"]["rows"] == 16
     predictions = json.loads((tmp_path / "test_predictions.json").read_text(encoding="utf-8"))
     labels, probabilities = zip(*((row["label"], row["probability"]) for row in predictions), strict=True)
+    agreed = sum(row["predicted"] == row["label"] for row in predictions) / len(predictions)
+    assert agreed == pytest.approx(written["test"]["accuracy"])
     assert roc_auc_score(labels, probabilities) == pytest.approx(written["test"]["auroc"])
     assert set(report.get("alignment", {})) == set(report.get("language", {})) == EXPLAINING.get(system, set())
     assert ("collapse" in report) == (system in WITH_LANGUAGE_MODEL)

@@ -69,6 +69,7 @@ def test_main_job_from_a_folder_to_a_checkpoint(task_folder, backbones, tmp_path
     predictions = model.classify([{"findings": row["findings"], "claim": row["claim"]} for row in test])
     saved = json.loads((output / "test_predictions.json").read_text())
     assert [p.probability for p in predictions] == pytest.approx([row["probability"] for row in saved], abs=1e-4)
+    assert [p.label_id for p in predictions] == [row["predicted"] for row in saved]
     again = classification_metrics(test["label"], [p.probability for p in predictions], model.config.threshold)
     assert again["auroc"] == pytest.approx(report["test"]["auroc"])
     assert again["ece"] == pytest.approx(report["test"]["ece"], abs=1e-3)

@@ -23,6 +23,7 @@ from clsgen.evaluation.alignment import alignment_report
 from clsgen.evaluation.collapse import perplexity_report
 from clsgen.evaluation.judges import DEFAULT_JUDGES, make_judge
 from clsgen.evaluation.language import language_report
+from clsgen.scoring import prediction_records
 from clsgen.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -114,10 +115,8 @@ def run(baseline: Baseline, system: str, folder: Path | None = None) -> dict[str
     report["wall_seconds"] = round(time.perf_counter() - start, 2)
     results = RESULTS.parent / "outputs" / "results" if task.credentialed else RESULTS
     folder = folder or results / task.name / system / f"seed-{baseline.seed}"
-    predictions = [
-        {"id": row["id"], "label": int(row["label"]), "probability": float(p), "logit": float(logit)}
-        for row, p, logit in zip(test, probabilities, logits, strict=True)
-    ]
+    ids = [row["id"] for row in test]
+    predictions = prediction_records(ids, labels_of(test), logits, probabilities, threshold)
     write_json(folder / "test_predictions.json", predictions)
     write_json(folder / "metrics.json", report)
     return report
