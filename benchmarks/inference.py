@@ -85,9 +85,9 @@ def compare_classify(model: Any, texts: list[dict[str, str]], backbone: str, rep
             take_turns({str(size): lambda size=size: peer(few, batch_size=size) for size in BATCH_SIZES}, 1)
         )
         best = int(min(tried, key=tried.get))
-        seconds = take_turns(
-            {"clsgen": lambda: model.classify(texts), "pipeline": lambda: peer(prompts, batch_size=best)}, repeats
-        )
+        model.classify(texts[: len(few)])
+        sides = {"clsgen": lambda: model.classify(texts), "pipeline": lambda: peer(prompts, batch_size=best)}
+        seconds = take_turns(sides, repeats, warm=True)
     middle = medians(seconds)
     return {
         "ratio": middle["pipeline"] / middle["clsgen"],

@@ -15,19 +15,20 @@ import torch
 PACKAGES = ("torch", "transformers", "trl", "peft", "scikit-learn")
 
 
-def take_turns(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def take_turns(sides: dict[str, Callable[[], Any]], repeats: int, warm: bool = False) -> dict[str, list[float]]:
     """Seconds of each call of each side, after one call of each to warm up.
 
     Args:
         sides (`dict[str, Callable]`): What to time.
         repeats (`int`): Calls of each.
+        warm (`bool`, *optional*, defaults to `False`): Whether the sides are warm already.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(repeats + 1):
+    for i in range(repeats + (not warm)):
         for name, call in sides.items():
             start = time.perf_counter()
             call()
-            if i:
+            if i or warm:
                 seconds[name].append(round(time.perf_counter() - start, 4))
     return seconds
 
