@@ -20,13 +20,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
 from clsgen.backbones import DEQUANTIZED_SOURCE, dequantized_folder, resolve_backbone
-from clsgen.checkpoint_folder import write_checkpoint
+from clsgen.checkpoint_folder import gather_model, write_checkpoint
 from clsgen.frozen_layers import FrozenLayers
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.publishing.examples import write_examples
@@ -311,13 +311,14 @@ def finish(
         report["wall_seconds"], report["peak_memory_gib"], available_cores(), gpus
     )
     output_dir = Path(training.output_dir)
+    model = gather_model(trainer.accelerator, trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return output_dir / "model"
-    if hasattr(model, "merge_and_unload"):
+    if isinstance(model, PeftModel):
         if arguments.save_adapter:
             model.save_pretrained(output_dir / "adapter")
-        base = model.merge_and_unload()
-    folder = write_checkpoint(base, output_dir / "model", report, predictions, recipe)
+        model = model.merge_and_unload()
+    folder = write_checkpoint(model, output_dir / "model", report, predictions, recipe)
     for results in filter(None, (output_dir, arguments.results_dir)):
         write_json(Path(results) / "metrics.json", report)
         write_json(Path(results) / "test_predictions.json", predictions)
