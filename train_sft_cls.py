@@ -22,6 +22,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers.distributed.fsdp import is_fsdp_enabled
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
@@ -183,18 +184,38 @@ def start_warm(
     training: ClsGenSFTConfig,
     first_layer: int,
 ) -> Probe:
-    """Fits the probe in the main process, and gives every process the same head."""
-    found: list[Any] = [None, None]
-    if training.process_index == 0:
-        kept = FrozenLayers(model, first_layer, frozen_layers_dir(training)) if training.cache_frozen_layers else None
-        reads = parse_reads(arguments.cls_reads)
-        found[0] = warm_start(model, rows, reads, seed=training.seed, frozen_layers=kept)
-        found[1] = {name: tensor.cpu() for name, tensor in model.cls_head.state_dict().items()}
+    """Fits the probe on the training device; every process ends with the main one's head."""
+    if not getattr(model, "is_quantized", False):  # bitsandbytes has placed its weights already
+        model.to(training.device)
+    kept = FrozenLayers(model, first_layer, frozen_layers_dir(training)) if training.cache_frozen_layers else None
+    probe = warm_start(model, rows, parse_reads(arguments.cls_reads), seed=training.seed, frozen_layers=kept)
     if training.world_size > 1:
+        found = [probe, {name: tensor.cpu() for name, tensor in model.cls_head.state_dict().items()}]
         broadcast_object_list(found)
-        model.set_reads(list(found[0].reads))
+        probe = found[0]
+        model.set_reads(list(probe.reads))
         model.cls_head.load_state_dict(found[1])
-    return found[0]
+    return probe
+
+
+def check_processes(arguments: TaskArguments, training: ClsGenSFTConfig, model_arguments: ModelArguments) -> None:
+    """Refuses what several processes would do wrong without a word.
+
+    Raises:
+        ValueError: which says what to change.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and training.world_size == 1:
+        raise ValueError("Launched as several processes, but there is no GPU: `--use_cpu true` trains on CPUs.")
+    if arguments.warm_start and is_fsdp_enabled():  # which asks for `fsdp_cpu_ram_efficient_loading` too
+        raise ValueError(
+            "With `fsdp_cpu_ram_efficient_loading: true` only one process has weights to read features from: set it "
+            "to false, or train without the probe (`--warm_start false`)."
+        )
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if model_arguments.load_in_4bit and (fsdp or training.deepspeed_plugin is not None):
+        raise ValueError("QLoRA keeps a whole 4-bit copy in each process: launch it with recipes/accelerate/ddp.yaml.")
+    if fsdp and training.num_train_epochs == 0 and training.max_steps <= 0:
+        raise ValueError("A probe alone trains no weights that could be sharded: launch it with ddp.yaml.")
 
 
 def show_examples(examples: list[dict[str, Any]]) -> None:
@@ -369,6 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     for noisy in ("httpx", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(training.seed)
+    check_processes(arguments, training, model_arguments)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
     output_dir = prepare_output_dir(training, task)
     report = {
