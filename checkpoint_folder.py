@@ -5,10 +5,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 
 from clsgen.atomic_io import write_json
@@ -18,36 +14,6 @@ from clsgen.publishing.cards import model_card
 
 ROOT = Path(__file__).resolve().parent
 ENTRY_POINTS = ("pipeline_clsgen.py", "handler.py")  # found by name, so `save_pretrained` doesn't know of them
-
-
-def gather_model(
-    accelerator: Accelerator, trained: torch.nn.Module
-) -> ClsGenForCausalLMAndClassification | PeftModel | None:
-    """The trained model in one piece. All processes have to call this: shards (FSDP, ZeRO-3) are gathered.
-
-    Args:
-        accelerator (`Accelerator`): That prepared the model.
-        trained (`torch.nn.Module`): As the accelerator returned it, still with its adapter if it has one.
-
-    Returns:
-        The model, where no weight is sharded. Else a copy on the main process's CPU, and `None` on the others.
-    """
-    model = accelerator.unwrap_model(trained)
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return model
-    weights = accelerator.get_state_dict(trained)
-    if not accelerator.is_main_process:
-        return None
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    with torch.device("meta"):  # weights come from the gathered ones; computed buffers are no part of a checkpoint
-        whole = ClsGenForCausalLMAndClassification(base.config)
-        if isinstance(model, PeftModel):
-            whole = get_peft_model(whole, model.peft_config[model.active_adapter])
-    whole.load_state_dict(weights, assign=True)
-    copy = whole.get_base_model() if isinstance(whole, PeftModel) else whole
-    copy.lm.tie_weights()
-    copy.tokenizer, copy.generation_config = base.tokenizer, base.generation_config
-    return whole.eval()
 
 
 def write_checkpoint(

@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
-from transformers.distributed.fsdp import is_fsdp_enabled
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
 from clsgen.backbones import DEQUANTIZED_SOURCE, dequantized_folder, resolve_backbone
-from clsgen.checkpoint_folder import gather_model, write_checkpoint
+from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.frozen_layers import FrozenLayers
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.publishing.examples import write_examples
@@ -36,6 +34,7 @@ from clsgen.publishing.hub import identity
 from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
 from clsgen.run_record import describe_run, without_tokens
 from clsgen.scoring import calibrate, score_test_split, table
+from clsgen.sharding import check_launch, gather_model
 from clsgen.tasks import Task, class_counts, load_task
 from clsgen.trainer_clsgen import (
     ClsGenSFTConfig,
@@ -159,7 +158,7 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
     quantization = get_quantization_config(model_arguments)
     if quantization is not None:
         # One whole copy a process: bitsandbytes places weights while it loads them.
-        kwargs.update(quantization_config=quantization, device_map={"": PartialState().process_index})
+        kwargs.update(quantization_config=quantization, device_map={"": training.device})
     if model_arguments.attn_implementation:
         kwargs["attn_implementation"] = model_arguments.attn_implementation
     return ClsGenForCausalLMAndClassification.from_backbone(
@@ -196,26 +195,6 @@ def start_warm(
         model.set_reads(list(probe.reads))
         model.cls_head.load_state_dict(found[1])
     return probe
-
-
-def check_processes(arguments: TaskArguments, training: ClsGenSFTConfig, model_arguments: ModelArguments) -> None:
-    """Refuses what several processes would do wrong without a word.
-
-    Raises:
-        ValueError: which says what to change.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and training.world_size == 1:
-        raise ValueError("Launched as several processes, but there is no GPU: `--use_cpu true` trains on CPUs.")
-    if arguments.warm_start and is_fsdp_enabled():  # which asks for `fsdp_cpu_ram_efficient_loading` too
-        raise ValueError(
-            "With `fsdp_cpu_ram_efficient_loading: true` only one process has weights to read features from: set it "
-            "to false, or train without the probe (`--warm_start false`)."
-        )
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if model_arguments.load_in_4bit and (fsdp or training.deepspeed_plugin is not None):
-        raise ValueError("QLoRA keeps a whole 4-bit copy in each process: launch it with recipes/accelerate/ddp.yaml.")
-    if fsdp and training.num_train_epochs == 0 and training.max_steps <= 0:
-        raise ValueError("A probe alone trains no weights that could be sharded: launch it with ddp.yaml.")
 
 
 def show_examples(examples: list[dict[str, Any]]) -> None:
@@ -390,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     for noisy in ("httpx", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(training.seed)
-    check_processes(arguments, training, model_arguments)
+    check_launch(arguments.warm_start, training, model_arguments)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
     output_dir = prepare_output_dir(training, task)
     report = {

@@ -226,7 +226,9 @@ class ClsGenSFTTrainer(SFTTrainer):
             if "cls_head" in name:
                 parameter.data = parameter.data.float()
         if args.cache_frozen_layers and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("`cache_frozen_layers` needs whole weights in each process: use DDP, or train without it.")
+            raise ValueError(
+                "`cache_frozen_layers` needs whole weights in each process: train without it, or use DDP."
+            )
         if self.accelerator.is_fsdp2:
             # Autocast casts where it should. FSDP2's own policy would cast the head and both losses too.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -281,15 +283,16 @@ class ClsGenSFTTrainer(SFTTrainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if self.args.cls_learning_rate is None:
-            return optimizer
         model = self.model if model is None else model
         head = {id(parameter) for name, parameter in model.named_parameters() if "cls_head" in name}
+        rate = self.args.cls_learning_rate
         for group in list(optimizer.param_groups):
             parameters = [parameter for parameter in group["params"] if id(parameter) in head]
-            if parameters:
+            if parameters and rate is not None:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-                optimizer.add_param_group({**group, "params": parameters, "lr": self.args.cls_learning_rate})
+                optimizer.add_param_group({**group, "params": parameters, "lr": rate})
+        # Sharded checkpoints tell groups by their parameters: one without any could not be loaded again.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:

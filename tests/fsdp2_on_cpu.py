@@ -1,8 +1,11 @@
 """Runs `train_sft_cls.py` with accelerate's FSDP on CPUs.
 
-torch's FSDP2 runs on CPUs with gloo. accelerate takes `distributed_type: FSDP` for accelerators only: on CPUs the state
-says MULTI_CPU and drops the FSDP plugin without a word. This puts it back; all else is accelerate's own.
+torch's FSDP2 runs on CPUs with gloo, but accelerate takes `distributed_type: FSDP` for accelerators only: on CPUs its
+state says MULTI_CPU and drops the FSDP plugin without a word. This puts it back; all else is accelerate's own.
 """
+
+import sys
+from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -22,6 +25,7 @@ def _init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 AcceleratorState.__init__ = _init_with_fsdp
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from clsgen.train_sft_cls import main
 
     main()
