@@ -7,7 +7,7 @@ BROWSER_INSTALLED := $(VENV)/.browser-test-installed
 MODEL ?= outputs/trial_claims/model
 
 .DEFAULT_GOAL := help
-.PHONY: help venv backbone demo test test-slow table space test-space check format clean
+.PHONY: help venv backbone demo test test-slow test-quantized table space test-space check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ test: check ## check, then run the quick tests
 
 test-slow: $(INSTALLED) ## run the tests that need minutes
 	$(BIN)/python -m pytest -m slow
+
+test-quantized: $(INSTALLED) ## install bitsandbytes and test training on 4-bit weights
+	$(BIN)/python -m pip install bitsandbytes==0.50.2
+	$(BIN)/python -m pytest -m quantized
 
 table: $(INSTALLED) ## rebuild results/table.csv and table.md from the result files
 	$(BIN)/python -m benchmarks.table

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -35,6 +34,7 @@ from clsgen.publishing.hub import identity
 from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
 from clsgen.run_record import describe_run, without_tokens
 from clsgen.scoring import calibrate, score_test_split, table
+from clsgen.sharding import check_launch, gather_model
 from clsgen.tasks import Task, class_counts, load_task
 from clsgen.trainer_clsgen import (
     ClsGenSFTConfig,
@@ -158,7 +158,7 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
     quantization = get_quantization_config(model_arguments)
     if quantization is not None:
         # One whole copy a process: bitsandbytes places weights while it loads them.
-        kwargs.update(quantization_config=quantization, device_map={"": PartialState().process_index})
+        kwargs.update(quantization_config=quantization, device_map={"": training.device})
     if model_arguments.attn_implementation:
         kwargs["attn_implementation"] = model_arguments.attn_implementation
     return ClsGenForCausalLMAndClassification.from_backbone(
@@ -183,18 +183,18 @@ def start_warm(
     training: ClsGenSFTConfig,
     first_layer: int,
 ) -> Probe:
-    """Fits the probe in the main process, and gives every process the same head."""
-    found: list[Any] = [None, None]
-    if training.process_index == 0:
-        kept = FrozenLayers(model, first_layer, frozen_layers_dir(training)) if training.cache_frozen_layers else None
-        reads = parse_reads(arguments.cls_reads)
-        found[0] = warm_start(model, rows, reads, seed=training.seed, frozen_layers=kept)
-        found[1] = {name: tensor.cpu() for name, tensor in model.cls_head.state_dict().items()}
+    """Fits the probe on the training device; every process ends with the main one's head."""
+    if not getattr(model, "is_quantized", False):  # bitsandbytes has placed its weights already
+        model.to(training.device)
+    kept = FrozenLayers(model, first_layer, frozen_layers_dir(training)) if training.cache_frozen_layers else None
+    probe = warm_start(model, rows, parse_reads(arguments.cls_reads), seed=training.seed, frozen_layers=kept)
     if training.world_size > 1:
+        found = [probe, {name: tensor.cpu() for name, tensor in model.cls_head.state_dict().items()}]
         broadcast_object_list(found)
-        model.set_reads(list(found[0].reads))
+        probe = found[0]
+        model.set_reads(list(probe.reads))
         model.cls_head.load_state_dict(found[1])
-    return found[0]
+    return probe
 
 
 def show_examples(examples: list[dict[str, Any]]) -> None:
@@ -311,13 +311,14 @@ def finish(
         report["wall_seconds"], report["peak_memory_gib"], available_cores(), gpus
     )
     output_dir = Path(training.output_dir)
+    model = gather_model(trainer.accelerator, trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return output_dir / "model"
-    if hasattr(model, "merge_and_unload"):
+    if isinstance(model, PeftModel):
         if arguments.save_adapter:
             model.save_pretrained(output_dir / "adapter")
-        base = model.merge_and_unload()
-    folder = write_checkpoint(base, output_dir / "model", report, predictions, recipe)
+        model = model.merge_and_unload()
+    folder = write_checkpoint(model, output_dir / "model", report, predictions, recipe)
     for results in filter(None, (output_dir, arguments.results_dir)):
         write_json(Path(results) / "metrics.json", report)
         write_json(Path(results) / "test_predictions.json", predictions)
@@ -368,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     for noisy in ("httpx", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(training.seed)
+    check_launch(arguments.warm_start, training, model_arguments)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
     output_dir = prepare_output_dir(training, task)
     report = {

@@ -225,6 +225,13 @@ class ClsGenSFTTrainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if "cls_head" in name:
                 parameter.data = parameter.data.float()
+        if args.cache_frozen_layers and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "`cache_frozen_layers` needs whole weights in each process: train without it, or use DDP."
+            )
+        if self.accelerator.is_fsdp2:
+            # Autocast casts where it should. FSDP2's own policy would cast the head and both losses too.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         config.pos_weight = resolve_pos_weight(args.pos_weight, self.train_dataset)
         self._frozen_layers = None
         if args.cache_frozen_layers:
@@ -276,15 +283,16 @@ class ClsGenSFTTrainer(SFTTrainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if self.args.cls_learning_rate is None:
-            return optimizer
         model = self.model if model is None else model
         head = {id(parameter) for name, parameter in model.named_parameters() if "cls_head" in name}
+        rate = self.args.cls_learning_rate
         for group in list(optimizer.param_groups):
             parameters = [parameter for parameter in group["params"] if id(parameter) in head]
-            if parameters:
+            if parameters and rate is not None:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-                optimizer.add_param_group({**group, "params": parameters, "lr": self.args.cls_learning_rate})
+                optimizer.add_param_group({**group, "params": parameters, "lr": rate})
+        # Sharded checkpoints tell groups by their parameters: one without any could not be loaded again.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
@@ -340,8 +348,17 @@ class ClsGenSFTTrainer(SFTTrainer):
             logs.update(self._pop_losses("train"))
         super().log(logs, start_time)
 
+    def _without_repeats(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Takes the labels off rows that stand twice, to give the last batch of each process the same size."""
+        state, size = self.accelerator.gradient_state, len(inputs["input_ids"])
+        if state.end_of_dataloader and state.remainder > 0:
+            repeats = torch.arange(size) + self.accelerator.process_index * size >= state.remainder
+            for name in ("labels", "cls_labels"):
+                inputs[name] = inputs[name].masked_fill(repeats[:, None].to(inputs[name].device), IGNORE_INDEX)
+        return inputs
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_repeats(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
@@ -379,6 +396,9 @@ class ClsGenSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
+            # `Trainer` looks whether the best checkpoint is there before it writes this one: with shards, not all
+            # processes would see it, and some would wait for the others for ever when the best one is loaded.
+            folder.mkdir(parents=True, exist_ok=True)
             super()._save_checkpoint(model, trial)
         except OSError as error:
             with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ from itertools import product
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
@@ -60,6 +61,8 @@ def extract_features(
 ) -> tuple[dict[Read, np.ndarray], np.ndarray]:
     """Features of the frozen backbone at each row's decision, by one forward pass over the prompts.
 
+    Where there are several processes, each reads its share of the rows, and all get the whole.
+
     Args:
         model (`ClsGenForCausalLMAndClassification`): Not wrapped by PEFT.
         rows (`Dataset`): Encoded rows, see [`encode_rows`]; those without a label are passed over.
@@ -77,10 +80,11 @@ def extract_features(
             ids.append(row["input_ids"] if frozen_layers else row["input_ids"][: position + 1])
             decisions.append(position)
             labels.append(cls_labels[position])
-    order = np.argsort([-len(row) for row in ids])
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    order = np.argsort([-len(row) for row in ids])[rank::processes]
     size = (len(ids), model.config.text_config.hidden_size)
     features = {read: np.zeros(size, dtype=np.float32) for read in product(layers, POOLINGS)}
-    with tqdm(total=len(ids), desc="Reading frozen features", unit="text") as progress:
+    with tqdm(total=len(order), desc="Reading frozen features", unit="text", disable=rank > 0) as progress:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             batch = [ids[i] for i in indices]
@@ -91,7 +95,15 @@ def extract_features(
                     features[layer, "decision"][i] = prompt[-1].cpu().numpy()
                     features[layer, "mean"][i] = prompt.mean(dim=0).cpu().numpy()
             progress.update(len(indices))
+    if processes > 1:
+        features = {read: _sum_over_processes(share, model.device) for read, share in features.items()}
     return features, np.asarray(labels)
+
+
+def _sum_over_processes(array: np.ndarray, device: torch.device) -> np.ndarray:
+    tensor = torch.from_numpy(array).to(device)
+    dist.all_reduce(tensor)
+    return tensor.cpu().numpy()
 
 
 def _cross_validate(

@@ -148,13 +148,11 @@ if PartialState().is_main_process:
 """
 
 
-def launch(tmp_path, script, *script_arguments):
-    (tmp_path / "script.py").write_text(script)
-    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
-    command += [str(tmp_path / "script.py"), *map(str, script_arguments)]
-    # The launcher's own CPU mode wants MPI; this one starts torch's elastic launcher, and the backend is gloo.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def launch(script, *script_arguments, config="ddp.yaml"):
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / config), "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(script), *map(str, script_arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
 
@@ -167,7 +165,8 @@ def test_two_processes_give_the_same_gradients_and_a_rank_without_labels_does_no
     )
     rows.save_to_disk(tmp_path / "rows")
     whole, log = step_gradients(backbones["llama"], rows, tmp_path, per_device_train_batch_size=4)
-    launch(tmp_path, DISTRIBUTED, ROOT, backbones["llama"], tmp_path / "rows", tmp_path, 2)
+    (tmp_path / "script.py").write_text(DISTRIBUTED)
+    launch(tmp_path / "script.py", ROOT, backbones["llama"], tmp_path / "rows", tmp_path, 2)
     result = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert_same_gradients(whole, {name.removeprefix("module."): g for name, g in result["gradients"].items()})
     for name in ("loss", "lm_loss", "cls_loss"):
