@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hub_on_loopback import LoopbackHub
@@ -62,6 +63,12 @@ for repo_type, repo in (("model", sys.argv[1]), ("dataset", sys.argv[2])):
         exec(compile(block, repo, "exec"), {"__name__": "block"})
 print("ran all")
 """
+MEASURE = """
+import evaluate, sys
+rows = {"predictions": [0.2, 0.8, 0.6, 0.4], "references": [0, 1, 0, 1]}
+print(evaluate.load(sys.argv[1]).compute(**rows)["auroc"])
+print(evaluate.load(sys.argv[1], "alignment", revision=sys.argv[2]).compute(**rows)["kappa"])
+"""
 
 
 @pytest.fixture
@@ -121,6 +128,15 @@ def test_push_then_use_from_nowhere(hub, model, texts, tmp_path):
     assert again.returncode == 0, again.stderr
     assert {part: api.repo_info(**where).sha for part, where in _everything().items()} == before
     assert [r for r in hub.requests()[seen:] if "/commit/" in r["p"] or r["m"] == "PUT"] == []
+
+
+def test_the_metric_is_loaded_by_its_name_on_the_hub(hub):
+    folder = Path(__file__).resolve().parents[1] / "metrics" / "clsgen"
+    hub.hf("repos", "create", "alice/clsgen", "--type", "space", "--sdk", "gradio")
+    hub.hf("upload", "alice/clsgen", str(folder), ".", "--repo-type", "space")
+    revision = hub.api().repo_info("alice/clsgen", repo_type="space").sha
+    measured = hub.run(MEASURE, "user", "alice/clsgen", revision)
+    assert measured.stdout.split() == ["0.75", "0.0"], measured.stderr
 
 
 def _everything():
