@@ -88,8 +88,12 @@ class LoopbackHub:
 
     def push(self, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
         """`python push_to_hub.py ...` in a process of its own."""
+        return self.command("push_to_hub.py", *arguments, token=token)
+
+    def command(self, script: str, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+        """A script of the repository in a process of its own."""
         return subprocess.run(
-            [sys.executable, str(ROOT / "push_to_hub.py"), *arguments],
+            [sys.executable, str(ROOT / script), *arguments],
             env=self.environment("publisher", token), capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
 

@@ -9,6 +9,8 @@ from hub_on_loopback import LoopbackHub
 from huggingface_hub import ModelCard
 from published_things import tiny_checkpoint, tiny_space, tiny_task
 
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
+
 COLLECT = """
 import json, os, re, subprocess, sys
 from pathlib import Path
@@ -62,6 +64,17 @@ for repo_type, repo in (("model", sys.argv[1]), ("dataset", sys.argv[2])):
     for block in blocks:
         exec(compile(block, repo, "exec"), {"__name__": "block"})
 print("ran all")
+"""
+ADAPT = """
+import json, re, sys
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+(block,) = re.findall(
+    r"```python\\n(.*?)```", Path(hf_hub_download(sys.argv[1], "README.md")).read_text(), flags=re.DOTALL
+)
+names = {}
+exec(compile(block, "card", "exec"), names)
+print(json.dumps([answer.probability for answer in names["model"].classify(json.loads(sys.argv[2]))]))
 """
 MEASURE = """
 import evaluate, sys
@@ -128,6 +141,31 @@ def test_push_then_use_from_nowhere(hub, model, texts, tmp_path):
     assert again.returncode == 0, again.stderr
     assert {part: api.repo_info(**where).sha for part, where in _everything().items()} == before
     assert [r for r in hub.requests()[seen:] if "/commit/" in r["p"] or r["m"] == "PUT"] == []
+
+
+@pytest.mark.slow
+def test_an_adapter_is_put_on_the_backbone_that_it_was_trained_on(hub, backbones, texts, tmp_path):
+    task, out = tiny_task(tmp_path / "tiny_task"), tmp_path / "out"
+    hub.hf("upload", "alice/backbone", backbones["llama"], ".")
+    trained = hub.command(
+        "train_sft_cls.py", "--task", str(task), "--model_name_or_path", "alice/backbone", "--output_dir", str(out),
+        "--max_length", "300", "--max_explanation_length", "40", "--max_steps", "2", "--save_strategy", "no",
+        "--lora_first_layer", "0", "--lora_r", "2", "--num_examples", "0", "--learning_rate", "0.1",
+        "--cls_reads", "2:mean", "--save_adapter", "true",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    pushed = hub.push(
+        "--model", str(out / "model"), "--repo_id", "alice/tiny", "--task", str(task), "--parts", "model", "--license",
+        "mit", "--variant", "adapter", "--num_examples", "0",
+    )  # fmt: skip
+    assert pushed.returncode == 0, pushed.stderr
+    weights = [file for file in hub.api().list_repo_files("alice/tiny") if file.endswith(".safetensors")]
+    assert weights == ["adapter_model.safetensors"]
+    loaded = hub.run(ADAPT, "user", "alice/tiny", json.dumps(texts))
+    assert loaded.returncode == 0, loaded.stderr
+    merged = ClsGenForCausalLMAndClassification.from_pretrained(out / "model")
+    answers = [answer.probability for answer in merged.classify(texts)]
+    assert json.loads(loaded.stdout.splitlines()[-1]) == pytest.approx(answers, abs=1e-5)
 
 
 def test_the_metric_is_loaded_by_its_name_on_the_hub(hub):
