@@ -108,6 +108,8 @@ def test_push_then_use_from_nowhere(hub, model, texts, tmp_path):
     api = hub.api()
     card = ModelCard.load(api.hf_hub_download("alice/tiny", "README.md", local_dir=tmp_path / "card"))
     (revision,) = set(re.findall(r'"alice/tiny", revision="([0-9a-f]{40})"', str(card)))
+    (data_revision,) = re.findall(r'load_dataset\("alice/tiny-task", revision="([0-9a-f]{40})"', str(card))
+    assert data_revision == api.repo_info("alice/tiny-task", repo_type="dataset").sha
     loaded = hub.run(COLLECT, "user", "alice/tiny", revision, "alice/tiny-task", "alice/tiny", json.dumps(texts))
     assert loaded.returncode == 0, loaded.stderr
     found = json.loads(loaded.stdout.strip().splitlines()[-1])
@@ -119,7 +121,8 @@ def test_push_then_use_from_nowhere(hub, model, texts, tmp_path):
     assert found["labels"] == ["not_supported", "supported"]
     assert found["rows"] == {"train": 24, "validation": 12, "test": 20}
     assert {"id", "findings", "claim", "label", "explanation", "area"} == set(found["columns"])
-    assert re.match(r"probability 0\.\d+ alice/tiny-task", found["app"])
+    assert float(found["app"].split()[1]) == pytest.approx(model.classify("Findings: A.").probability, abs=1e-5)
+    assert found["app"].split()[2] == "alice/tiny-task"
     assert found["left_behind"] == found["foreign"] == []
 
     commits = {part: [c.title for c in api.list_repo_commits(**where)] for part, where in _everything().items()}
