@@ -81,7 +81,11 @@ def assert_complete(hub):
 NOTHING = dict.fromkeys(WHERE)
 
 
-def test_tokens_that_may_not_write(hub, asked):
+def test_tokens_that_may_not_write(hub, asked, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(PublicationError, match=r"no token found.*[^.]\. Log in with a valid token"):
+        publish(asked)
     with pytest.raises(PublicationError, match=r"Log in with a valid token"):
         publish(asked, token="hf_wrong")
     with pytest.raises(PublicationError, match=r"alice has no write access to carol/tiny-task"):
