@@ -33,7 +33,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class LoopbackHub:
-    """The server of `hub_server.py`; can be stopped and started again on the same data."""
+    """The server of `hub_server/`; can be stopped and started again on the same data."""
 
     def __init__(self, folder: Path, xet: bool):
         self.folder, self.xet = folder, xet
@@ -44,7 +44,7 @@ class LoopbackHub:
 
     def start(self) -> None:
         command = [
-            sys.executable, str(ROOT / "tests" / "hub_server.py"), "--port", str(self.port), "--cdn-port",
+            sys.executable, str(ROOT / "tests" / "hub_server"), "--port", str(self.port), "--cdn-port",
             str(self.cdn_port), "--data", str(self.folder / "hub"), "--user", f"alice:{TOKEN}:write", "--user",
             f"bob:{READ_TOKEN}:read", *(["--xet"] if self.xet else []),
         ]  # fmt: skip
