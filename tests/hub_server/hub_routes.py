@@ -81,8 +81,8 @@ class HubHandler(HttpHandler):
         rest = seg[1:] if kind else seg
         if len(rest) >= 4 and rest[1].endswith(".git") and rest[2:4] == ["info", "lfs"]:
             return self.lfs(kind or "model", f"{rest[0]}/{rest[1][:-4]}", rest[4:])
-        if len(rest) >= 4 and rest[2] == "resolve" and self.command in ("GET", "HEAD"):
-            return self.resolve(kind or "model", f"{rest[0]}/{rest[1]}", rest[3], "/".join(rest[4:]))
+        if len(rest) >= 5 and rest[2] in ("resolve", "raw") and self.command in ("GET", "HEAD"):
+            return self.resolve(kind or "model", f"{rest[0]}/{rest[1]}", rest[3], "/".join(rest[4:]), rest[2] == "raw")
         raise Err(404, f"no such route: {self.command} {path}")
 
     def whoami(self):
@@ -144,14 +144,15 @@ class HubHandler(HttpHandler):
         save(path, [json.dumps(made).encode()])
         self.reply(200, made)
 
-    def resolve(self, kind, rid, rev, path):
+    def resolve(self, kind, rid, rev, path, raw):
+        """A file's bytes, or where they are; `raw`: what git holds, for a large file its pointer."""
         r = self.repo(kind, rid)
         commit = r.rev(rev)
         e = r.tree(commit).get(path)
         h = {"X_Repo_Commit": commit, "Access_Control_Expose_Headers": "X-Repo-Commit,X-Linked-Size,X-Linked-ETag"}
         if not e or e["type"] != "file":
             raise Err(404, "Entry not found", "EntryNotFound", **h)
-        if "lfs" not in e:
+        if raw or "lfs" not in e:
             tmp = DATA / "tmp" / e["oid"]
             if not tmp.is_file():
                 save(tmp, [git(r, "cat-file", "blob", e["oid"])])
