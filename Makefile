@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.requirements-installed
 SPACE_INSTALLED := $(VENV)/.space-installed
 BROWSER_INSTALLED := $(VENV)/.browser-test-installed
+OLAH_VENV := .venv-olah
 MODEL ?= outputs/trial_claims/model
 
 .DEFAULT_GOAL := help
-.PHONY: help venv backbone demo test test-slow test-quantized table space test-space check format clean
+.PHONY: help venv backbone demo test test-slow test-quantized table space test-space test-clients check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,17 @@ test-space: ## test the Space's page in headless Chromium
 	@command -v chromium && command -v chromedriver && command -v npm || { echo "Chromium, ChromeDriver or npm is missing: apt-get install chromium chromium-driver npm"; exit 1; }
 	@$(MAKE) --no-print-directory $(BROWSER_INSTALLED)
 	$(BIN)/python -m pytest -m browser
+
+$(OLAH_VENV)/.installed: tests/other_clients/requirements.txt tests/other_clients/package.json $(INSTALLED)
+	$(BIN)/python -m venv $(OLAH_VENV)
+	$(OLAH_VENV)/bin/python -m pip install --requirement tests/other_clients/requirements.txt
+	npm install --prefix tests/other_clients --no-package-lock --no-audit --no-fund
+	touch $@
+
+test-clients: ## test what is published with other software that speaks the Hub's protocol
+	@command -v npm || { echo "npm is missing: apt-get install npm"; exit 1; }
+	@$(MAKE) --no-print-directory $(OLAH_VENV)/.installed
+	$(BIN)/python -m pytest -m clients
 
 format: $(INSTALLED) ## fix what the linter can fix, and format
 	$(BIN)/ruff check --fix .

@@ -143,7 +143,7 @@ def _names(arguments: PublishArguments, spec: dict[str, Any]) -> Names:
 
 
 def _repositories(arguments: PublishArguments, report: dict[str, Any], spec: dict[str, Any]):
-    """The parts in the order in which one names the other; each is made from what is known of those before it."""
+    """The parts in the order in which one names the other, how each is made, and where their commits are noted."""
     names = _names(arguments, spec)
     checkpoint = Path(arguments.model)
     adapter = arguments.adapter or checkpoint.parent / "adapter" if arguments.variant == "adapter" else None
@@ -156,8 +156,8 @@ def _repositories(arguments: PublishArguments, report: dict[str, Any], spec: dic
             )
         if part == "model":
             return model_repository(
-                checkpoint, names.model, adapter=adapter, template=arguments.card_template, dataset_id=names.dataset,
-                dataset_revision=commits.get("dataset"), space_id=names.space, license=license_of(report, arguments),
+                checkpoint, names.model, adapter=adapter, template=arguments.card_template, commits=commits,
+                dataset_id=names.dataset, space_id=names.space, license=license_of(report, arguments),
             )  # fmt: skip
         return space_repository(
             arguments.space_dir, names.space, model_id=names.model, dataset_id=names.dataset,
@@ -203,11 +203,14 @@ def publish(arguments: PublishArguments, token: str | None = None) -> list[Publi
     publisher = Publisher(HfApi(token=token), arguments.private, arguments.revision, arguments.create_pr)
     publisher.check(repositories)
     published = []
-    for part in parts:
-        published.append(publisher.publish(make(part)))
+    for part, repository in zip(parts, repositories, strict=True):
+        # A Space has the model's commit in a file; weights are hashed once.
+        published.append(publisher.publish(make(part) if part == "space" else repository))
         commits[part] = published[-1].commit
         logger.info("%s: %s at %s", part, published[-1].url, published[-1].commit)
     publisher.finish()
+    if arguments.private and "space" in parts:
+        logger.warning("The private Space needs a secret to read its model: set HF_TOKEN in its settings.")
     if len(parts) > 1 and not arguments.create_pr:
         title = arguments.collection or f"CLSGen: {spec['name']}"
         logger.info("collection: %s", publisher.collect(title, repositories))

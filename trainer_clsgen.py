@@ -393,6 +393,9 @@ class ClsGenSFTTrainer(SFTTrainer):
         logits = np.asarray(prediction.predictions, dtype=np.float64).ravel() - np.log(config.pos_weight)
         return logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX].astype(np.int64)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes none: TRL's would tell of another model; `publishing/cards.py` makes one of what was measured."""
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:

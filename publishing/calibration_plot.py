@@ -33,6 +33,7 @@ def calibration_plot(labels: ArrayLike, probabilities: ArrayLike, threshold: flo
     Statistical Inference").
     """
     from matplotlib.figure import Figure  # slow to import, and only needed here
+    from matplotlib.ticker import MaxNLocator
 
     bins = reliability_bins(labels, probabilities)
     predicted, observed, sizes = (np.array(values) for values in zip(*bins, strict=True))
@@ -41,10 +42,12 @@ def calibration_plot(labels: ArrayLike, probabilities: ArrayLike, threshold: flo
     curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     curve.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect")
     errors = np.stack([observed - low, high - observed]).clip(min=0)
-    curve.errorbar(predicted, observed, yerr=errors, marker="o", capsize=3, color="#1f5fa8", label="test split")
+    label = "test split, 95% intervals"
+    curve.errorbar(predicted, observed, yerr=errors, marker="o", capsize=3, color="#1f5fa8", label=label)
     curve.set(ylabel="share of label 1", xlim=(0, 1), ylim=(-0.02, 1.02))
     histogram.hist(np.asarray(probabilities, dtype=float), bins=20, range=(0, 1), color="#1f5fa8")
     histogram.set(xlabel="predicted probability of label 1", ylabel="rows")
+    histogram.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axes in (curve, histogram):
         axes.axvline(threshold, color="#b5532d", linestyle=":", label=f"threshold {threshold:.3f}")
     curve.legend(loc="upper left")

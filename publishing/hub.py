@@ -17,7 +17,12 @@ from typing import Any
 
 import httpx2  # the Hub client's HTTP library, whose connection errors it lets through
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from clsgen.publishing.checksums import FILE_NAME, sha256
@@ -249,10 +254,10 @@ def _explained(what: str) -> Iterator[None]:
         raise
     except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
         status = _status(error)
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
             again = "Mend that, then run the same command again."
-        elif status == 401:
+        elif status == 401 or isinstance(error, LocalTokenNotFoundError):
             again = "Log in with a valid token (`hf auth login`, or HF_TOKEN)."
         elif status == 403:
             again = "Use a token with write access to that namespace (https://huggingface.co/settings/tokens)."

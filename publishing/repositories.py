@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +91,7 @@ def model_repository(
     *,
     adapter: str | Path | None = None,
     template: str | Path = TEMPLATE,
+    commits: Mapping[str, str] | None = None,
     **card_arguments: Any,
 ) -> Repository:
     """The repository of a checkpoint.
@@ -100,6 +101,7 @@ def model_repository(
         repo_id (`str`): Where to.
         adapter (`str` or `Path`, *optional*): The folder of the LoRA adapter, to publish that in place of the weights.
         template (`str` or `Path`): The card's.
+        commits (`Mapping[str, str]`, *optional*): Where `dataset` is there when the card is made, it pins that commit.
         card_arguments: For [`cards.model_card`].
 
     Raises:
@@ -124,8 +126,9 @@ def model_repository(
     def card(revision: str) -> RepoCard:
         variant = "merged" if adapter is None else "adapter"
         return model_card(
-            checkpoint, repo_id=repo_id, revision=revision, variant=variant, template=template, **card_arguments
-        )
+            checkpoint, repo_id=repo_id, revision=revision, dataset_revision=(commits or {}).get("dataset"),
+            variant=variant, template=template, **card_arguments,
+        )  # fmt: skip
 
     return Repository(repo_id, "model", _with_checksums(files), card)
 

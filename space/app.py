@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# In the Hub's cache this file is a link, and Python would look for its siblings beside what it links to.
+sys.path.insert(0, str(Path(__file__).absolute().parent))
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 
 import batch
@@ -18,7 +20,7 @@ import rendering
 from answering import Answerer, Shown, Turn
 from loading import Example, Source, load_model, read_examples, read_source
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).absolute().parent
 BY_FIELD, WHOLE = "By field", "As one text"
 MAX_WAITING = 32
 KEPT_SECONDS = 3600  # uploaded and written files, on the server

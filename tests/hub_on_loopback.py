@@ -23,7 +23,8 @@ QUIET = {
 }  # fmt: skip
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports on loopback that nobody listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -32,18 +33,18 @@ def _free_ports(count: int) -> list[int]:
 
 
 class LoopbackHub:
-    """The server of `hub_server.py`; can be stopped and started again on the same data."""
+    """The server of `hub_server/`; can be stopped and started again on the same data."""
 
     def __init__(self, folder: Path, xet: bool):
         self.folder, self.xet = folder, xet
-        self.port, self.cdn_port = _free_ports(2)
+        self.port, self.cdn_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = None
         self.start()
 
     def start(self) -> None:
         command = [
-            sys.executable, str(ROOT / "tests" / "hub_server.py"), "--port", str(self.port), "--cdn-port",
+            sys.executable, str(ROOT / "tests" / "hub_server"), "--port", str(self.port), "--cdn-port",
             str(self.cdn_port), "--data", str(self.folder / "hub"), "--user", f"alice:{TOKEN}:write", "--user",
             f"bob:{READ_TOKEN}:read", *(["--xet"] if self.xet else []),
         ]  # fmt: skip
@@ -71,14 +72,14 @@ class LoopbackHub:
         """A client of the owner, in this process."""
         return HfApi(endpoint=self.url, token=TOKEN)
 
-    def environment(self, home: str, token: str | None = None) -> dict[str, str]:
-        """Variables of a user's process, who knows this Hub alone."""
+    def environment(self, home: str, token: str | None = None, endpoint: str | None = None) -> dict[str, str]:
+        """Variables of a user's process, who knows this Hub alone, or what stands before it."""
         kept = {
             name: value
             for name, value in os.environ.items()
             if not re.match(r"(HF_|TRANSFORMERS_|PYTHONPATH$)|.*_proxy$", name, flags=re.IGNORECASE)
         }
-        mine = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.folder / home), **QUIET}
+        mine = {"HF_ENDPOINT": endpoint or self.url, "HF_HOME": str(self.folder / home), **QUIET}
         if not self.xet:
             mine["HF_HUB_DISABLE_XET"] = "1"
         if token:
@@ -87,18 +88,31 @@ class LoopbackHub:
 
     def push(self, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
         """`python push_to_hub.py ...` in a process of its own."""
+        return self.command("push_to_hub.py", *arguments, token=token)
+
+    def command(self, script: str, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+        """A script of the repository in a process of its own."""
         return subprocess.run(
-            [sys.executable, str(ROOT / "push_to_hub.py"), *arguments],
+            [sys.executable, str(ROOT / script), *arguments],
             env=self.environment("publisher", token), capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
 
-    def run(self, script: str, home: str, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess:
+    def hf(self, *arguments: str) -> str:
+        """What the Hub's own command line prints, called by the owner."""
+        return subprocess.run(
+            [Path(sys.executable).with_name("hf"), *arguments],
+            env=self.environment("publisher", TOKEN), capture_output=True, text=True, check=True, timeout=300,
+        ).stdout  # fmt: skip
+
+    def run(
+        self, script: str, home: str, *arguments: str, token: str | None = None, endpoint: str | None = None
+    ) -> subprocess.CompletedProcess:
         """A script in a fresh process, in an empty folder, with a home of its own."""
         elsewhere, user = self.folder / f"elsewhere-{home}", self.folder / f"{home}-user"
         elsewhere.mkdir(exist_ok=True)
         user.mkdir(exist_ok=True)
         return subprocess.run(
             [sys.executable, "-c", script, *arguments],
-            cwd=elsewhere, env={**self.environment(home, token), "HOME": str(user)},
+            cwd=elsewhere, env={**self.environment(home, token, endpoint), "HOME": str(user)},
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip

@@ -2,11 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hub_on_loopback import LoopbackHub
 from huggingface_hub import ModelCard
 from published_things import tiny_checkpoint, tiny_space, tiny_task
+
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 
 COLLECT = """
 import json, os, re, subprocess, sys
@@ -62,6 +65,23 @@ for repo_type, repo in (("model", sys.argv[1]), ("dataset", sys.argv[2])):
         exec(compile(block, repo, "exec"), {"__name__": "block"})
 print("ran all")
 """
+ADAPT = """
+import json, re, sys
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+(block,) = re.findall(
+    r"```python\\n(.*?)```", Path(hf_hub_download(sys.argv[1], "README.md")).read_text(), flags=re.DOTALL
+)
+names = {}
+exec(compile(block, "card", "exec"), names)
+print(json.dumps([answer.probability for answer in names["model"].classify(json.loads(sys.argv[2]))]))
+"""
+MEASURE = """
+import evaluate, sys
+rows = {"predictions": [0.2, 0.8, 0.6, 0.4], "references": [0, 1, 0, 1]}
+print(evaluate.load(sys.argv[1]).compute(**rows)["auroc"])
+print(evaluate.load(sys.argv[1], "alignment", revision=sys.argv[2]).compute(**rows)["kappa"])
+"""
 
 
 @pytest.fixture
@@ -88,6 +108,8 @@ def test_push_then_use_from_nowhere(hub, model, texts, tmp_path):
     api = hub.api()
     card = ModelCard.load(api.hf_hub_download("alice/tiny", "README.md", local_dir=tmp_path / "card"))
     (revision,) = set(re.findall(r'"alice/tiny", revision="([0-9a-f]{40})"', str(card)))
+    (data_revision,) = re.findall(r'load_dataset\("alice/tiny-task", revision="([0-9a-f]{40})"', str(card))
+    assert data_revision == api.repo_info("alice/tiny-task", repo_type="dataset").sha
     loaded = hub.run(COLLECT, "user", "alice/tiny", revision, "alice/tiny-task", "alice/tiny", json.dumps(texts))
     assert loaded.returncode == 0, loaded.stderr
     found = json.loads(loaded.stdout.strip().splitlines()[-1])
@@ -99,7 +121,8 @@ def test_push_then_use_from_nowhere(hub, model, texts, tmp_path):
     assert found["labels"] == ["not_supported", "supported"]
     assert found["rows"] == {"train": 24, "validation": 12, "test": 20}
     assert {"id", "findings", "claim", "label", "explanation", "area"} == set(found["columns"])
-    assert re.match(r"probability 0\.\d+ alice/tiny-task", found["app"])
+    assert float(found["app"].split()[1]) == pytest.approx(model.classify("Findings: A.").probability, abs=1e-5)
+    assert found["app"].split()[2] == "alice/tiny-task"
     assert found["left_behind"] == found["foreign"] == []
 
     commits = {part: [c.title for c in api.list_repo_commits(**where)] for part, where in _everything().items()}
@@ -121,6 +144,40 @@ def test_push_then_use_from_nowhere(hub, model, texts, tmp_path):
     assert again.returncode == 0, again.stderr
     assert {part: api.repo_info(**where).sha for part, where in _everything().items()} == before
     assert [r for r in hub.requests()[seen:] if "/commit/" in r["p"] or r["m"] == "PUT"] == []
+
+
+@pytest.mark.slow
+def test_an_adapter_is_put_on_the_backbone_that_it_was_trained_on(hub, backbones, texts, tmp_path):
+    task, out = tiny_task(tmp_path / "tiny_task"), tmp_path / "out"
+    hub.hf("upload", "alice/backbone", backbones["llama"], ".")
+    trained = hub.command(
+        "train_sft_cls.py", "--task", str(task), "--model_name_or_path", "alice/backbone", "--output_dir", str(out),
+        "--max_length", "300", "--max_explanation_length", "40", "--max_steps", "2", "--save_strategy", "no",
+        "--lora_first_layer", "0", "--lora_r", "2", "--num_examples", "0", "--learning_rate", "0.1",
+        "--cls_reads", "2:mean", "--save_adapter", "true",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    pushed = hub.push(
+        "--model", str(out / "model"), "--repo_id", "alice/tiny", "--task", str(task), "--parts", "model", "--license",
+        "mit", "--variant", "adapter", "--num_examples", "0",
+    )  # fmt: skip
+    assert pushed.returncode == 0, pushed.stderr
+    weights = [file for file in hub.api().list_repo_files("alice/tiny") if file.endswith(".safetensors")]
+    assert weights == ["adapter_model.safetensors"]
+    loaded = hub.run(ADAPT, "user", "alice/tiny", json.dumps(texts))
+    assert loaded.returncode == 0, loaded.stderr
+    merged = ClsGenForCausalLMAndClassification.from_pretrained(out / "model")
+    answers = [answer.probability for answer in merged.classify(texts)]
+    assert json.loads(loaded.stdout.splitlines()[-1]) == pytest.approx(answers, abs=1e-5)
+
+
+def test_the_metric_is_loaded_by_its_name_on_the_hub(hub):
+    folder = Path(__file__).resolve().parents[1] / "metrics" / "clsgen"
+    hub.hf("repos", "create", "alice/clsgen", "--type", "space", "--sdk", "gradio")
+    hub.hf("upload", "alice/clsgen", str(folder), ".", "--repo-type", "space")
+    revision = hub.api().repo_info("alice/clsgen", repo_type="space").sha
+    measured = hub.run(MEASURE, "user", "alice/clsgen", revision)
+    assert measured.stdout.split() == ["0.75", "0.0"], measured.stderr
 
 
 def _everything():

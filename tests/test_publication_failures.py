@@ -81,7 +81,11 @@ def assert_complete(hub):
 NOTHING = dict.fromkeys(WHERE)
 
 
-def test_tokens_that_may_not_write(hub, asked):
+def test_tokens_that_may_not_write(hub, asked, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(PublicationError, match=r"no token found.*[^.]\. Log in with a valid token"):
+        publish(asked)
     with pytest.raises(PublicationError, match=r"Log in with a valid token"):
         publish(asked, token="hf_wrong")
     with pytest.raises(PublicationError, match=r"alice has no write access to carol/tiny-task"):
@@ -188,6 +192,40 @@ def test_the_server_dies_in_the_commit(hub, asked):
     assert seen_by_all(hub) == NOTHING
     publish(asked, token=TOKEN)
     assert_complete(hub)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"match": r"POST /v1/xorbs/", "action": "kill", "after": 1000},
+        {"match": r"POST /v1/shards", "action": "status", "status": 503, "times": 99},
+        {"match": r"GET /api/models/.*/xet-write-token", "action": "status", "status": 500, "times": 99},
+    ],
+)
+def test_the_same_command_finishes_an_upload_by_xet(made, tmp_path, fault):
+    hub = LoopbackHub(tmp_path, xet=True)
+    command = [
+        "--model", str(made / "model"), "--repo_id", "alice/tiny", "--task", str(made / "tiny_task"), "--space_dir",
+        str(made / "space"), "--license", "mit",
+    ]  # fmt: skip
+    try:
+        hub.faults(fault)
+        failed = hub.push(*command)
+        assert failed.returncode == 1
+        message = failed.stderr.strip().splitlines()[-1]
+        assert re.match(r"push_to_hub.py: \S+ could not be published: .*Run the same command", message)
+        if fault["action"] == "kill":
+            hub.process.wait()
+            hub.start()
+        hub.faults()
+        for files in seen_by_all(hub).values():
+            assert files is None or {"README.md", "SHA256SUMS"} <= files
+        finished = hub.push(*command)
+        assert finished.returncode == 0, finished.stderr
+        assert_complete(hub)
+    finally:
+        hub.stop()
 
 
 def test_a_newer_version_replaces_the_older_one_at_once(hub, asked, made, tmp_path):

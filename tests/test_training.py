@@ -261,6 +261,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(model, task_r
     trainer = ClsGenSFTTrainer(model, arguments(tmp_path, **settings), train_dataset=task_rows)
     trainer.train()
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-1")
+    assert not (tmp_path / "README.md").exists()
     (tmp_path / "checkpoint-2").write_text("a file stands where the folder would be")
     trainer.state.global_step = 2
     with pytest.raises(OSError, match="could not be written"):

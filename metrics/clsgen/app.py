@@ -5,7 +5,7 @@ from pathlib import Path
 import evaluate
 import gradio as gr
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).absolute().parent  # not where a link of the Hub's cache leads
 EXAMPLE = [[0.2, 0], [0.8, 1], [0.6, 0], [0.4, 1]]
 
 
