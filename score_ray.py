@@ -3,13 +3,14 @@
 python score_ray.py --model outputs/trial_claims/model --input texts --output answers --concurrency 2
 python score_ray.py --model YOU/clsgen --input s3://in/notes --output s3://out/answers --address auto --num_gpus 1
 
-The input is cut into parts, always in the same way. A worker answers a part, and renames it into place when it is whole:
-whoever is killed, a part is there or not, and the same command goes on with those that are not.
+The input is cut into parts, always in the same way. A worker answers a part and renames it into place when whole. So
+a part is there or not, whoever was killed, and the same command goes on with those that are not.
 """
 
 import logging
 import os
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,8 +139,8 @@ def start_ray(arguments: ScoreArguments) -> None:
         has, needs = ray.cluster_resources(), {"CPU": arguments.num_cpus, "GPU": arguments.num_gpus}
         if any(has.get(name, 0) < need * arguments.concurrency for name, need in needs.items()):
             raise ValueError(
-                f"{arguments.concurrency} workers of {arguments.num_cpus:g} CPU and {arguments.num_gpus:g} GPU don't fit on "
-                f"this machine, which has {has.get('CPU', 0):g} and {has.get('GPU', 0):g}."
+                f"{arguments.concurrency} workers of {arguments.num_cpus:g} CPU and {arguments.num_gpus:g} GPU don't "
+                f"fit on this machine, which has {has.get('CPU', 0):g} and {has.get('GPU', 0):g}."
             )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -159,14 +160,17 @@ def run_workers(
 
     rows = sum(shard.rows for shard in shards)
     done = rows - sum(shards[part].rows for part in missing)
-    parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing)).map(
-        Scorer,
-        fn_constructor_args=(arguments, schema, shards, output),
-        compute=ray.data.ActorPoolStrategy(size=arguments.concurrency, max_tasks_in_flight_per_actor=2),
-        num_cpus=arguments.num_cpus,
-        num_gpus=arguments.num_gpus,
-        max_task_retries=RETRIES,  # deprecated as all unnamed options are, but has no other name yet
-    )
+    todo = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # unnamed options go; `max_task_retries` has no name yet
+        parts = todo.map(
+            Scorer,
+            fn_constructor_args=(arguments, schema, shards, output),
+            compute=ray.data.ActorPoolStrategy(size=arguments.concurrency, max_tasks_in_flight_per_actor=2),
+            num_cpus=arguments.num_cpus,
+            num_gpus=arguments.num_gpus,
+            max_task_retries=RETRIES,
+        )
     try:
         with tqdm(desc="Answering", unit="row", total=rows, initial=done) as progress:
             for answered in parts.iter_rows():
