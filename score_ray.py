@@ -10,7 +10,6 @@ a part is there or not, whoever was killed, and the same command goes on with th
 import logging
 import os
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from clsgen.table_shards import Shard, TableFile, cut_table, list_files, open_lo
 
 logger = logging.getLogger("clsgen.score_ray")
 ROOT = Path(__file__).resolve().parent
-RETRIES = 3  # of a part whose worker dies; more, and the part may be what kills it
+TRIES = 4  # of a part, where each ends its worker: Ray itself tries for ever
 OBJECT_STORE_BYTES = 128 * 2**20  # rows never pass through it
 FREE = FREE_TO_CHANGE | {"output", "concurrency", "num_cpus", "num_gpus", "address"}
 
@@ -116,6 +115,42 @@ class Scorer:
         return pa.Table.from_arrays([*table.columns, *place, *answers.columns], schema=schema)
 
 
+class Tries:
+    """How often each part was begun; an actor, for whoever begins one may not live to tell."""
+
+    def __init__(self):
+        self.counts = Counter()
+
+    def begin(self, part: int) -> int:
+        """Counts one more try of the part, and returns how many there have been."""
+        self.counts[part] += 1
+        return self.counts[part]
+
+
+class RetriedScorer(Scorer):
+    """A [`Scorer`] as Ray runs it: it gives up on a part that has ended several workers.
+
+    Args:
+        tries (`ray.actor.ActorHandle`): Of [`Tries`].
+    """
+
+    def __init__(self, tries: Any, *arguments: Any):
+        super().__init__(*arguments)
+        self.tries = tries
+
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        import ray
+
+        if ray.get(self.tries.begin.remote(row["part"])) > TRIES:
+            shard = self.shards[row["part"]]
+            return {
+                "rows": 0,
+                "error": f"{shard.file.name}, rows {shard.first + 1} to {shard.first + shard.rows}: the worker died "
+                f"{TRIES} times. Is there memory for a smaller --batch_size?",
+            }
+        return super().__call__(row)
+
+
 def start_ray(arguments: ScoreArguments) -> None:
     """Joins the cluster, or starts one of this machine that nobody else can reach.
 
@@ -154,23 +189,20 @@ def run_workers(
 
     Raises:
         ValueError: for what a worker says that a person must see to.
-        OSError: where workers die again and again.
+        OSError: where Ray gives up.
     """
     import ray
 
     rows = sum(shard.rows for shard in shards)
     done = rows - sum(shards[part].rows for part in missing)
-    todo = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # unnamed options go; `max_task_retries` has no name yet
-        parts = todo.map(
-            Scorer,
-            fn_constructor_args=(arguments, schema, shards, output),
-            compute=ray.data.ActorPoolStrategy(size=arguments.concurrency, max_tasks_in_flight_per_actor=2),
-            num_cpus=arguments.num_cpus,
-            num_gpus=arguments.num_gpus,
-            max_task_retries=RETRIES,
-        )
+    tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
+    parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing)).map(
+        RetriedScorer,
+        fn_constructor_args=(tries, arguments, schema, shards, output),
+        compute=ray.data.ActorPoolStrategy(size=arguments.concurrency, max_tasks_in_flight_per_actor=2),
+        num_cpus=arguments.num_cpus,
+        num_gpus=arguments.num_gpus,
+    )
     try:
         with tqdm(desc="Answering", unit="row", total=rows, initial=done) as progress:
             for answered in parts.iter_rows():
@@ -178,7 +210,7 @@ def run_workers(
                     raise ValueError(answered["error"])
                 progress.update(answered["rows"])
     except ray.exceptions.RayError as error:
-        raise OSError(f"Workers died again and again; the same command goes on. The last said: {error}") from error
+        raise OSError(f"Ray gave up; the same command goes on from here. It said: {error}") from error
     finally:
         ray.shutdown()
 

@@ -1,4 +1,4 @@
-"""A table in, each of its rows once in the parts that come out, as `predict_clsgen.py` has them, whatever is killed."""
+"""A table in, each of its rows once in the parts that come out, as `predict_clsgen.py` has it, whatever is killed."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 from transformers import HfArgumentParser
 
 from clsgen import predict_clsgen, score_ray
@@ -252,3 +253,62 @@ def test_a_killed_driver_goes_on_and_a_changed_input_is_refused(many, tmp_path):
     assert changed.returncode == 1
     assert "holds the answers of another run: files changed." in changed.stderr
     check_answers(target, expected)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The URI of an empty bucket, up to its query, and the query; credentials are in the environment."""
+    from moto.server import ThreadedMotoServer  # here, for the quick tests do without these packages
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    query = f"region=us-east-1&scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true"
+    filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{query}")
+    filesystem.create_dir("bucket")
+    yield "s3://bucket", query, filesystem
+    server.stop()
+
+
+@pytest.mark.slow
+def test_from_bucket_to_bucket_on_a_cluster_that_loses_a_machine(many, tmp_path, bucket):
+    from ray.cluster_utils import Cluster
+
+    argv, expected = many
+    uri, query, filesystem = bucket
+    fs.copy_files(str(tmp_path / "in"), "bucket/in", destination_filesystem=filesystem)
+    located = {str(tmp_path / name): f"{uri}/{name}?{query}" for name in ("in", "out")}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    process = start([*(located.get(each, each) for each in argv), "--address", cluster.address])
+    try:
+        deadline = time.monotonic() + 240
+        while len(filesystem.get_file_info(fs.FileSelector("bucket/out", allow_not_found=True))) < 4:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        cluster.remove_node(machines[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        _, messages = process.communicate(timeout=400)
+        assert process.returncode == 0, messages
+    finally:
+        process.kill()
+        cluster.shutdown()
+    (tmp_path / "out").mkdir()
+    fs.copy_files("bucket/out", str(tmp_path / "out"), source_filesystem=filesystem)
+    check_answers(tmp_path / "out", expected)
+
+
+@pytest.mark.slow
+def test_a_text_that_ends_every_worker_ends_the_run_and_is_named(many, tmp_path):
+    argv, _ = many
+    code = tmp_path / "model" / "prompting_clsgen.py"
+    start_of_check = '"""The text\'s fields;'
+    fatal = f'if "Drug 40 " in str(text):\n            __import__("os").abort()\n        {start_of_check}'
+    code.write_text(code.read_text().replace(start_of_check, fatal))
+    (tmp_path / "in" / "2.jsonl").unlink()
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 1
+    assert "1.jsonl, rows 33 to 64: the worker died 4 times" in done.stderr.splitlines()[-1]
