@@ -195,11 +195,12 @@ def run_workers(
 
     rows = sum(shard.rows for shard in shards)
     done = rows - sum(shards[part].rows for part in missing)
+    workers = min(arguments.concurrency, len(missing))
     tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
     parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing)).map(
         RetriedScorer,
         fn_constructor_args=(tries, arguments, schema, shards, output),
-        compute=ray.data.ActorPoolStrategy(size=arguments.concurrency, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         num_cpus=arguments.num_cpus,
         num_gpus=arguments.num_gpus,
     )
