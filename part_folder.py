@@ -48,7 +48,7 @@ class PartFolder:
         return self.filesystem.get_file_info(f"{self.path}/{self.part_name(part)}").is_file
 
     def claim(self, overwrite: bool) -> None:
-        """Makes the folder this run's; `overwrite` removes the parts of an earlier run.
+        """Makes the folder this run's; `overwrite` removes the parts of another run. This run's own ones stay.
 
         Raises:
             ValueError: where it holds another run's parts, or files of something else.
@@ -58,7 +58,7 @@ class PartFolder:
         if MANIFEST in names:
             with self.filesystem.open_input_stream(f"{self.path}/{MANIFEST}") as stream:
                 known = json.loads(stream.read())
-            if not overwrite and known == self.run:
+            if known == self.run:
                 return
             if not overwrite:
                 changed = sorted(name for name in known | self.run if known.get(name) != self.run.get(name))

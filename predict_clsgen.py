@@ -103,9 +103,13 @@ def answer_fields(prefix: str) -> list[pa.Field]:
     return [pa.field(f"{prefix}{name}", kind) for name, kind in COLUMNS.items()]
 
 
-def check_columns(fields: list[str], columns: list[str], added: list[str], arguments: PredictArguments) -> None:
-    """Raises `ValueError` where the input lacks what is to be read (the prompt's `fields`), or has what is `added`."""
-    wanted = fields if arguments.text_column is None else [arguments.text_column]
+def columns_to_read(fields: list[str], arguments: PredictArguments) -> list[str]:
+    """The columns that make up a text: the prompt's `fields`, or the one with whole texts."""
+    return fields if arguments.text_column is None else [arguments.text_column]
+
+
+def check_columns(wanted: list[str], columns: list[str], added: list[str], arguments: PredictArguments) -> None:
+    """Raises `ValueError` where the input lacks what is wanted, or has what is going to be added."""
     missing = [name for name in wanted if name not in columns]
     if missing:
         raise ValueError(
@@ -137,7 +141,8 @@ def predict_file(model: Any, arguments: PredictArguments) -> Counter:
     source, target = Path(arguments.input), Path(arguments.output)
     check_ending(target)
     added = answer_fields(arguments.prefix)
-    check_columns(model.encoder.prompt.fields, read_columns(source), [field.name for field in added], arguments)
+    wanted = columns_to_read(model.encoder.prompt.fields, arguments)
+    check_columns(wanted, read_columns(source), [field.name for field in added], arguments)
     run = describe_run(arguments, FREE_TO_CHANGE) | {source.name: [source.stat().st_size, source.stat().st_mtime_ns]}
     journal_path = target.with_name(f".{target.name}.journal.jsonl")
     if arguments.overwrite:

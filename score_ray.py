@@ -12,7 +12,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ from clsgen.predict_clsgen import (
     answer_fields,
     answer_rows,
     check_columns,
+    columns_to_read,
     describe_counts,
     describe_run,
 )
@@ -38,7 +39,7 @@ from clsgen.table_shards import Shard, TableFile, cut_table, list_files, open_lo
 logger = logging.getLogger("clsgen.score_ray")
 ROOT = Path(__file__).resolve().parent
 TRIES = 4  # of a part, where each ends its worker: Ray itself tries for ever
-OBJECT_STORE_BYTES = 128 * 2**20  # rows never pass through it
+OBJECT_STORE = 128 * 2**20  # bytes; rows never pass through it
 FREE = FREE_TO_CHANGE | {"output", "concurrency", "num_cpus", "num_gpus", "address"}
 
 
@@ -57,6 +58,7 @@ class ScoreArguments(PredictArguments):
     address: str | None = field(
         default=None, metadata={"help": "Of a Ray cluster, `auto` on its machines. Without one, this machine alone."}
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the output of another run."})
 
     def __post_init__(self):
         if not self.input or not self.output:
@@ -106,10 +108,10 @@ class Scorer:
         """The shard's rows, with answers."""
         prefix, first = self.arguments.prefix, shard.first + 1
         table = read_shard(self.filesystem, shard, self.schema)
+        wanted = columns_to_read(self.model.encoder.prompt.fields, self.arguments)
         named = replace(self.arguments, input=shard.file.name)
-        answers = pa.Table.from_pylist(
-            answer_rows(self.model, table.to_pylist(), first, named), schema=pa.schema(answer_fields(prefix))
-        )
+        answered = answer_rows(self.model, table.select(wanted).to_pylist(), first, named)
+        answers = pa.Table.from_pylist(answered, schema=pa.schema(answer_fields(prefix)))
         place = [pa.array([shard.file.name] * shard.rows), pa.array(range(first, first + shard.rows))]
         schema = pa.schema([*table.schema, *added_fields(prefix)])
         return pa.Table.from_arrays([*table.columns, *place, *answers.columns], schema=schema)
@@ -151,11 +153,11 @@ class RetriedScorer(Scorer):
         return super().__call__(row)
 
 
-def start_ray(arguments: ScoreArguments) -> None:
-    """Joins the cluster, or starts one of this machine that nobody else can reach.
+def start_ray(arguments: ScoreArguments) -> Any:
+    """Joins the cluster, or starts one of this machine that others can't reach. Returns the module `ray`.
 
     Raises:
-        ImportError: without Ray; ValueError: where no worker fits on this machine.
+        ImportError: without Ray; ValueError: where the workers don't fit on this machine.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or each run is told that restarts may fail
@@ -167,33 +169,29 @@ def start_ray(arguments: ScoreArguments) -> None:
     if arguments.address or os.environ.get("RAY_ADDRESS"):
         ray.init(arguments.address, runtime_env={"working_dir": str(ROOT)}, **quiet)
     else:
-        ray.init(
-            "local", include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )  # fmt: skip
+        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE}
+        ray.init("local", **local, **quiet)
         has, needs = ray.cluster_resources(), {"CPU": arguments.num_cpus, "GPU": arguments.num_gpus}
         if any(has.get(name, 0) < need * arguments.concurrency for name, need in needs.items()):
+            ray.shutdown()
             raise ValueError(
                 f"{arguments.concurrency} workers of {arguments.num_cpus:g} CPU and {arguments.num_gpus:g} GPU don't "
                 f"fit on this machine, which has {has.get('CPU', 0):g} and {has.get('GPU', 0):g}."
             )
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    return ray
 
 
-def run_workers(
-    arguments: ScoreArguments, schema: pa.Schema, shards: list[Shard], output: PartFolder, missing: list[int]
-) -> None:
-    """Answers the parts that are missing, on the cluster that was joined; leaves it.
+def run_workers(arguments: ScoreArguments, schema: pa.Schema, shards: list[Shard], output: PartFolder) -> None:
+    """Answers the parts that are missing, on a cluster that it joins and leaves.
 
     Raises:
         ValueError: for what a worker says that a person must see to.
         OSError: where Ray gives up.
     """
-    import ray
-
-    rows = sum(shard.rows for shard in shards)
+    ray = start_ray(arguments)
+    missing, rows = output.missing(), sum(shard.rows for shard in shards)
     done = rows - sum(shards[part].rows for part in missing)
     workers = min(arguments.concurrency, len(missing))
     tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
@@ -218,15 +216,15 @@ def run_workers(
 
 def settle(arguments: ScoreArguments, commit: str | None) -> ScoreArguments:
     """The arguments as every worker and the next run understand them: whole paths, and the commit of a Hub's model."""
-    whole = {
-        name: location if "://" in location else str(Path(location).absolute())
-        for name, location in (("input", arguments.input), ("output", arguments.output))
-    }
-    if f"{whole['output']}/".startswith(f"{whole['input'].rstrip('/')}/"):
+    source, target = (
+        location if "://" in location else os.path.abspath(location)
+        for location in (arguments.input, arguments.output)
+    )
+    above, below = (location.partition("?")[0] if "://" in location else location for location in (source, target))
+    if PurePosixPath(below).is_relative_to(above):
         raise ValueError(f"{arguments.output} is inside the input: answers would be read as texts.")
-    model = Path(arguments.model)
-    whole["model"] = str(model.absolute()) if model.exists() else arguments.model
-    return replace(arguments, revision=commit or arguments.revision, **whole)
+    model = os.path.abspath(arguments.model) if Path(arguments.model).exists() else arguments.model
+    return replace(arguments, input=source, output=target, model=model, revision=commit or arguments.revision)
 
 
 def score(arguments: ScoreArguments) -> Counter:
@@ -236,21 +234,22 @@ def score(arguments: ScoreArguments) -> Counter:
         ImportError, OSError, ValueError: with what a person has to change.
     """
     config = AutoConfig.from_pretrained(arguments.model, revision=arguments.revision, trust_remote_code=True)
+    if config.model_type != "clsgen":
+        raise ValueError(f"{arguments.model} is no CLSGen checkpoint, but a {config.model_type} model.")
     arguments = settle(arguments, getattr(config, "_commit_hash", None))
-    prompt_fields = TaskPrompt.from_dict(config.prompt).fields
+    wanted = columns_to_read(TaskPrompt.from_dict(config.prompt).fields, arguments)
     added = [each.name for each in added_fields(arguments.prefix)]
 
     def check(file: TableFile, columns: list[str]) -> None:
-        check_columns(prompt_fields, columns, added, replace(arguments, input=file.name))
+        check_columns(wanted, columns, added, replace(arguments, input=file.name))
 
     files = list_files(arguments.input)
     schema, shards = cut_table(arguments.input, files, arguments.rows_per_part, check)
     run = {**describe_run(arguments, FREE), "files": {file.name: [file.size, file.mtime_ns] for file in files}}
     output = PartFolder(arguments.output, run, len(shards))
     output.claim(arguments.overwrite)
-    if missing := output.missing():
-        start_ray(arguments)
-        run_workers(arguments, schema, shards, output, missing)
+    if output.missing():
+        run_workers(arguments, schema, shards, output)
     return output.finish(arguments.prefix)
 
 
