@@ -148,7 +148,7 @@ class RetriedScorer(Scorer):
             return {
                 "rows": 0,
                 "error": f"{shard.file.name}, rows {shard.first + 1} to {shard.first + shard.rows}: the worker died "
-                f"{TRIES} times. Is there memory for a smaller --batch_size?",
+                f"{TRIES} times. Was it short of memory? Try a smaller --batch_size.",
             }
         return super().__call__(row)
 
@@ -159,18 +159,21 @@ def start_ray(arguments: ScoreArguments) -> Any:
     Raises:
         ImportError: without Ray; ValueError: where the workers don't fit on this machine.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or each run is told that restarts may fail
+    address = arguments.address or os.environ.get("RAY_ADDRESS")
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}  # or it warns of restarts
+    if not address:
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: its ports are on loopback
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:
         raise ImportError("score_ray.py needs Ray: pip install -r requirements-ray.txt (or `make ray`).") from error
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if arguments.address or os.environ.get("RAY_ADDRESS"):
-        ray.init(arguments.address, runtime_env={"working_dir": str(ROOT)}, **quiet)
+    if address:
+        ray.init(address, runtime_env={"working_dir": str(ROOT)}, **quiet)
     else:
-        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE}
-        ray.init("local", **local, **quiet)
+        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
         has, needs = ray.cluster_resources(), {"CPU": arguments.num_cpus, "GPU": arguments.num_gpus}
         if any(has.get(name, 0) < need * arguments.concurrency for name, need in needs.items()):
             ray.shutdown()

@@ -76,7 +76,7 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
 
 def _unreachable(location: str, error: OSError) -> OSError:
     hint = "Are the credentials there (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...), and the region?"
-    return type(error)(f"{location} can't be read: {error}. {hint if '://' in location else ''}".strip())
+    return type(error)(f"{location} can't be reached: {error}. {hint if '://' in location else ''}".strip())
 
 
 def list_files(location: str) -> list[TableFile]:

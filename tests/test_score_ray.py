@@ -219,6 +219,10 @@ def test_killed_workers_are_replaced(many, tmp_path):
     wait_for_parts(process, tmp_path / "out", 2)
     workers = workers_of(process)
     assert len(workers) == 2
+    connections = [each for worker in workers for each in psutil.Process(worker).net_connections("tcp")]
+    listening = {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert listening
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
     _, messages = process.communicate(timeout=400)

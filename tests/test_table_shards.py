@@ -140,7 +140,7 @@ def test_a_bucket_without_credentials_is_a_clear_error(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         uri = f"s3://bucket/notes?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{server.server_port}"
-        with pytest.raises(OSError, match=r"bucket/notes.* can't be read: .*ACCESS_DENIED.*credentials"):
+        with pytest.raises(OSError, match=r"bucket/notes.* can't be reached: .*ACCESS_DENIED.*credentials"):
             list_files(uri)
     finally:
         server.shutdown()
