@@ -190,7 +190,11 @@ def read_shard(filesystem: fs.FileSystem, shard: Shard, schema: pa.Schema) -> pa
 
 def _csv_header(filesystem: fs.FileSystem, file: TableFile) -> list[str]:
     with filesystem.open_input_file(file.path) as handle:
-        return next(csv.reader(_decoded(file, io.BufferedReader(handle), at_start=True), strict=True), [])
+        lines = _decoded(file, io.BufferedReader(handle), at_start=True)
+        try:
+            return next(csv.reader(lines, strict=True), [])
+        except csv.Error as error:
+            raise ValueError(f"{file.name}, line 1 is not CSV: {error}.") from error
 
 
 def _open_parquet(file: TableFile, handle: pa.NativeFile) -> pq.ParquetFile:
