@@ -164,7 +164,7 @@ def unify(what: str, *schemas: pa.Schema) -> pa.Schema:
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
-        raise ValueError(f"{what}: a column's type is not that of the rows before: {error}.") from error
+        raise ValueError(f"{what}: the columns don't fit those of the rows before: {error}") from error
 
 
 def read_shard(filesystem: fs.FileSystem, shard: Shard, schema: pa.Schema) -> pa.Table:
