@@ -1,6 +1,7 @@
 """How the cost of `score_ray.py` grows with rows and workers, beside `predict_clsgen.py`: `results/scoring_ray.json`.
 
 python -m benchmarks.scoring_ray --model outputs/trial_claims/model
+python -m benchmarks.scoring_ray --only checkpoint      # one part; the other's results stay
 
 Whole commands are timed, start of Ray and loading of models included, numbers alone (`--explain false`), one thread a
 worker. The texts are the short ones of `trial_claims`, over and over. The curve up to 100,000 rows is that of a small
@@ -8,6 +9,7 @@ random model (2 layers of width 64) with the checkpoint's tokenizer and prompt; 
 """
 
 import argparse
+import json
 import logging
 import os
 import subprocess
@@ -19,6 +21,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_seed
 
@@ -26,11 +29,11 @@ from benchmarks.inference import load, texts_of
 from benchmarks.measuring import describe_run
 from clsgen.atomic_io import write_json
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
-from clsgen.table_files import read_rows, write_rows
+from clsgen.table_files import write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "scoring_ray.json"
-ROWS_PER_PART = 256
+PARTS = {"small_random_model": 256, "checkpoint": 16}  # rows of each
 logger = logging.getLogger("benchmarks.scoring_ray")
 
 
@@ -59,51 +62,52 @@ def time_command(script: str, model: str, source: Path, target: Path, *options: 
     load_average, start = os.getloadavg()[0], time.perf_counter()
     subprocess.run([*command, "--explain", "false", *options], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     seconds = time.perf_counter() - start
-    rows = sum(1 for _ in read_rows(source))
+    rows = pq.read_metadata(source).num_rows
     return {
-        "rows": rows,
         "seconds": round(seconds, 1),
         "rows_per_second": round(rows / seconds, 1),
         "load_average_before": round(load_average, 2),
     }
 
 
-def measure(model: str, counts: list[int], texts: list[dict[str, str]], folder: Path) -> dict[str, Any]:
-    """Timings by number of rows: of one process without Ray, and of 1 and 2 workers."""
-    found: dict[str, list] = {"predict_clsgen": [], "1 worker": [], "2 workers": []}
-    for count in counts:
-        source = folder / f"{count}.parquet"
+def measure(model: str, count: int, rows_per_part: int, texts: list[dict[str, str]]) -> dict[str, Any]:
+    """Timings of so many rows: of one process without Ray, and of 1 and 2 workers."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "in.parquet"
         write_rows(source, islice(cycle(texts), count))
-        for name, timings in found.items():
-            target = folder / f"{Path(model).parent.name}-{name}-{count}"
+        for name in ("predict_clsgen", "1 worker", "2 workers"):
             if name == "predict_clsgen":
-                timings.append(time_command("predict_clsgen.py", model, source, target.with_suffix(".parquet")))
+                found[name] = time_command("predict_clsgen.py", model, source, Path(folder) / "out.parquet")
             else:
-                options = ["--concurrency", name.split()[0], "--rows_per_part", str(ROWS_PER_PART)]
-                timings.append(time_command("score_ray.py", model, source, target, *options))
-            logger.info("%s: %s", name, timings[-1])
+                options = ["--concurrency", name.split()[0], "--rows_per_part", str(rows_per_part)]
+                found[name] = time_command("score_ray.py", model, source, Path(folder) / name, *options)
+            logger.info("%d rows, %s: %s", count, name, found[name])
     return found
 
 
 def main() -> None:
-    """Writes `results/scoring_ray.json`."""
+    """Writes `results/scoring_ray.json`, after each number of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/trial_claims/model")
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000], help="of the small model")
-    parser.add_argument("--model_rows", type=int, default=512, help="of the checkpoint")
+    parser.add_argument("--checkpoint_rows", type=int, default=128)
+    parser.add_argument("--only", choices=list(PARTS))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    texts = texts_of("trial_claims", None, ("train", "validation", "test"), 1000)
-    with tempfile.TemporaryDirectory() as folder:
-        small = write_small_model(arguments.model, Path(folder))
-        found = {
-            "small_random_model": measure(small, arguments.rows, texts, Path(folder)),
-            "checkpoint": measure(str(Path(arguments.model).resolve()), [arguments.model_rows], texts, Path(folder)),
-        }
     run = describe_run()
     run["versions"]["ray"] = version("ray")
     run["machine"] |= {"cores": os.cpu_count(), "threads": "1 a worker"}
-    write_json(RESULTS, {**run, "rows_per_part": ROWS_PER_PART, "whole_command": found})
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    texts = texts_of("trial_claims", None, ("train", "validation", "test"), 1000)
+    with tempfile.TemporaryDirectory() as folder:
+        for part in [arguments.only] if arguments.only else PARTS:
+            small = part == "small_random_model"
+            model = write_small_model(arguments.model, Path(folder)) if small else str(Path(arguments.model).resolve())
+            known[part] = {**run, "rows_per_part": PARTS[part], "timings": []}
+            for count in arguments.rows if small else [arguments.checkpoint_rows]:
+                known[part]["timings"].append({"rows": count, **measure(model, count, PARTS[part], texts)})
+                write_json(RESULTS, known)
 
 
 if __name__ == "__main__":
