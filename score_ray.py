@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import psutil
 import pyarrow as pa
 from filelock import FileLock
 from tqdm.auto import tqdm
@@ -214,7 +215,10 @@ def run_workers(arguments: ScoreArguments, schema: pa.Schema, shards: list[Shard
     except ray.exceptions.RayError as error:
         raise OSError(f"Ray gave up; the same command goes on from here. It said: {error}") from error
     finally:
+        own = psutil.Process().children(recursive=True)  # of a cluster that this process started
         ray.shutdown()
+        for straggler in psutil.wait_procs(own, timeout=10)[1]:  # seen: a worker that hung while it ended
+            straggler.kill()
 
 
 def settle(arguments: ScoreArguments, commit: str | None) -> ScoreArguments:
