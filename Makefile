@@ -3,12 +3,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.requirements-installed
 SPACE_INSTALLED := $(VENV)/.space-installed
+RAY_INSTALLED := $(VENV)/.ray-installed
+SLOW_INSTALLED := $(VENV)/.slow-test-installed
 BROWSER_INSTALLED := $(VENV)/.browser-test-installed
 OLAH_VENV := .venv-olah
 MODEL ?= outputs/trial_claims/model
 
 .DEFAULT_GOAL := help
-.PHONY: help venv backbone demo test test-slow test-quantized table space test-space test-clients check format clean
+.PHONY: help venv backbone demo test test-slow test-quantized table ray space test-space test-clients check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +35,7 @@ check: $(INSTALLED) ## lint, and check the formatting
 test: check ## check, then run the quick tests
 	$(BIN)/python -m pytest
 
-test-slow: $(INSTALLED) ## run the tests that need minutes
+test-slow: $(SLOW_INSTALLED) ## run the tests that need minutes
 	$(BIN)/python -m pytest -m slow
 
 test-quantized: $(INSTALLED) ## install bitsandbytes and test training on 4-bit weights
@@ -42,6 +44,16 @@ test-quantized: $(INSTALLED) ## install bitsandbytes and test training on 4-bit 
 
 table: $(INSTALLED) ## rebuild results/table.csv and table.md from the result files
 	$(BIN)/python -m benchmarks.table
+
+$(RAY_INSTALLED): requirements-ray.txt $(INSTALLED)
+	$(BIN)/python -m pip install --requirement requirements-ray.txt
+	touch $@
+
+ray: $(RAY_INSTALLED) ## install what score_ray.py needs
+
+$(SLOW_INSTALLED): tests/requirements-slow.txt $(RAY_INSTALLED)
+	$(BIN)/python -m pip install --requirement tests/requirements-slow.txt
+	touch $@
 
 $(SPACE_INSTALLED): space/requirements.txt $(INSTALLED)
 	$(BIN)/python -m pip install --requirement space/requirements.txt

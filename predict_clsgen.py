@@ -98,29 +98,52 @@ def answer_rows(model: Any, rows: list[dict[str, Any]], first: int, arguments: P
     return answers
 
 
-def check_columns(model: Any, columns: list[str], arguments: PredictArguments) -> None:
-    """Raises `ValueError` where the input lacks what is to be read, or has what is to be written."""
-    wanted = model.encoder.prompt.fields if arguments.text_column is None else [arguments.text_column]
+def answer_fields(prefix: str) -> list[pa.Field]:
+    """The new columns, as Parquet has them."""
+    return [pa.field(f"{prefix}{name}", kind) for name, kind in COLUMNS.items()]
+
+
+def columns_to_read(fields: list[str], arguments: PredictArguments) -> list[str]:
+    """The columns that make up a text: the prompt's `fields`, or the one with whole texts."""
+    return fields if arguments.text_column is None else [arguments.text_column]
+
+
+def check_columns(wanted: list[str], columns: list[str], added: list[str], arguments: PredictArguments) -> None:
+    """Raises `ValueError` where the input lacks what is wanted, or has what is going to be added."""
     missing = [name for name in wanted if name not in columns]
     if missing:
         raise ValueError(
             f"{arguments.input} has no column(s) {missing}; it has {columns}. Name the column that holds whole texts "
             "with --text_column."
         )
-    taken = [name for name in (f"{arguments.prefix}{each}" for each in COLUMNS) if name in columns]
+    taken = [name for name in added if name in columns]
     if taken:
         raise ValueError(f"{arguments.input} has the column(s) {taken} already: choose another --prefix.")
+
+
+def describe_run(arguments: PredictArguments, free_to_change: set[str]) -> dict[str, Any]:
+    """What answers depend on besides the input: the options, and the checkpoint where it is a folder."""
+    run = {name: value for name, value in asdict(arguments).items() if name not in free_to_change}
+    config = Path(arguments.model) / "config.json"  # a Hub id is pinned by its revision
+    if config.exists():
+        run[config.name] = [config.stat().st_size, config.stat().st_mtime_ns]
+    return run
+
+
+def describe_counts(counts: Counter) -> str:
+    """Counts of labels and errors in words."""
+    told = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()) if label != "errors")
+    return (told or "no rows") + (f"; {counts['errors']} rows with an error" if counts["errors"] else "")
 
 
 def predict_file(model: Any, arguments: PredictArguments) -> Counter:
     """Answers the input file; goes on where a run that was ended left off. Returns counts of labels and errors."""
     source, target = Path(arguments.input), Path(arguments.output)
     check_ending(target)
-    check_columns(model, read_columns(source), arguments)
-    run = {name: value for name, value in asdict(arguments).items() if name not in FREE_TO_CHANGE}
-    for path in (source, Path(arguments.model) / "config.json"):  # a Hub id is pinned by its revision
-        if path.exists():
-            run[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
+    added = answer_fields(arguments.prefix)
+    wanted = columns_to_read(model.encoder.prompt.fields, arguments)
+    check_columns(wanted, read_columns(source), [field.name for field in added], arguments)
+    run = describe_run(arguments, FREE_TO_CHANGE) | {source.name: [source.stat().st_size, source.stat().st_mtime_ns]}
     journal_path = target.with_name(f".{target.name}.journal.jsonl")
     if arguments.overwrite:
         journal_path.unlink(missing_ok=True)
@@ -140,7 +163,6 @@ def predict_file(model: Any, arguments: PredictArguments) -> Counter:
             progress.update(len(window))
     schema = None
     if target.suffix == ".parquet" and source.suffix == ".parquet":
-        added = [pa.field(f"{arguments.prefix}{name}", kind) for name, kind in COLUMNS.items()]
         schema = pa.schema([*pq.read_schema(source), *added])
     counts = Counter()
 
@@ -200,9 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         logger.error("%s", error)
         return 1
-    errors = counts.pop("errors", 0)
-    told = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
-    logger.info("%s: %s%s", arguments.output, told or "no rows", f"; {errors} rows with an error" if errors else "")
+    logger.info("%s: %s", arguments.output, describe_counts(counts))
     return 0
 
 

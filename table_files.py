@@ -46,16 +46,17 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         return
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _csv_rows(path, file) if ending == ".csv" else _json_rows(path, file)
+            yield from csv_rows(path, file) if ending == ".csv" else json_rows(path, file)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
 
 
-def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[dict[str, Any]]:
+def csv_rows(path: str | Path, file: Iterable[str], columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of CSV lines; `columns` where the header is not among them. `path` is what errors call it."""
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a long note
     reader = csv.reader(file, strict=True)
     try:
-        columns = next(reader, [])
+        columns = next(reader, []) if columns is None else columns
         if len(set(columns)) < len(columns):
             raise ValueError(f"{path}: a column name stands twice in {columns}.")
         for cells in filter(None, reader):
@@ -66,7 +67,8 @@ def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}.") from error
 
 
-def _json_rows(path: Path, file: Iterable[str]) -> Iterator[dict[str, Any]]:
+def json_rows(path: str | Path, file: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Rows of JSON lines. `path` is what errors call it."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
