@@ -142,7 +142,8 @@ def predict_file(model: Any, arguments: PredictArguments) -> Counter:
     check_ending(target)
     added = answer_fields(arguments.prefix)
     wanted = columns_to_read(model.encoder.prompt.fields, arguments)
-    check_columns(wanted, read_columns(source), [field.name for field in added], arguments)
+    columns = read_columns(source)
+    check_columns(wanted, columns, [field.name for field in added], arguments)
     run = describe_run(arguments, FREE_TO_CHANGE) | {source.name: [source.stat().st_size, source.stat().st_mtime_ns]}
     journal_path = target.with_name(f".{target.name}.journal.jsonl")
     if arguments.overwrite:
@@ -165,12 +166,13 @@ def predict_file(model: Any, arguments: PredictArguments) -> Counter:
     if target.suffix == ".parquet" and source.suffix == ".parquet":
         schema = pa.schema([*pq.read_schema(source), *added])
     counts = Counter()
+    blank = {} if target.suffix == ".jsonl" else dict.fromkeys(columns)  # JSON lines may lack some
 
     def joined() -> Iterator[dict[str, Any]]:
         for row, answer in zip(read_rows(source), journal, strict=True):
             error = answer[f"{arguments.prefix}error"]
             counts["errors" if error else answer[f"{arguments.prefix}label"]] += 1
-            yield {**row, **answer}
+            yield {**blank, **row, **answer}
 
     write_rows(target, joined(), schema)
     journal_path.unlink()

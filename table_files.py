@@ -24,13 +24,13 @@ def check_ending(path: Path) -> str:
 
 
 def read_columns(path: Path) -> list[str]:
-    """Names of the columns: of the header, the schema, or the first JSON line."""
+    """Names of the columns: of the header, the schema, or any JSON line."""
     if check_ending(path) == ".parquet":
         return pq.read_schema(path).names
     if path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
             return next(csv.reader(file), [])
-    return list(next(read_rows(path), {}))
+    return list(dict.fromkeys(name for row in read_rows(path) for name in row))
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -61,6 +61,13 @@ def test_every_row_comes_back_with_its_answer(folder, model, rows, tmp_path, end
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"in{ending}", "model", f"out{ending}"])
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_columns_that_only_some_json_lines_have_are_kept(folder, rows, tmp_path, ending):
+    source, target = save(tmp_path / "in.jsonl", [rows[0], {**rows[1], "ward": "B"}]), tmp_path / f"out{ending}"
+    assert main(["--model", folder, "--input", source, "--output", str(target), "--explain", "false"]) == 0
+    assert [row.get("ward") or None for row in read_rows(target)] == [None, "B"]
+
+
 def test_a_bad_row_stops_the_run_or_is_written_with_its_error(folder, rows, tmp_path, caplog):
     caplog.set_level("INFO")
     rows[3]["claim"] = ""
