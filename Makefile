@@ -5,9 +5,10 @@ INSTALLED := $(VENV)/.requirements-installed
 SPACE_INSTALLED := $(VENV)/.space-installed
 BROWSER_INSTALLED := $(VENV)/.browser-test-installed
 MODEL ?= outputs/trial_claims/model
+CLINIFACT_MODEL ?= outputs/clinifact/model
 
 .DEFAULT_GOAL := help
-.PHONY: help venv backbone demo test test-slow table space test-space check format clean
+.PHONY: help venv backbone demo test test-slow table bench bench-table space test-space check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,18 @@ test-slow: $(INSTALLED) ## run the tests that need minutes
 
 table: $(INSTALLED) ## rebuild results/table.csv and table.md from the result files
 	$(BIN)/python -m benchmarks.table
+
+bench: $(INSTALLED) ## measure all of benchmarks/ again on a quiet machine (CLINIFACT=folder), and print the ratios
+	@test -n "$(CLINIFACT)" || { echo "Name a CliniFact checkout: make bench CLINIFACT=folder"; exit 1; }
+	@test -f $(MODEL)/config.json && test -f $(CLINIFACT_MODEL)/config.json || { echo "Train $(MODEL) and $(CLINIFACT_MODEL) first, or name others with MODEL=folder CLINIFACT_MODEL=folder."; exit 1; }
+	$(BIN)/python -m benchmarks.inference --model $(MODEL) --clinifact_model $(CLINIFACT_MODEL) --data_dir $(CLINIFACT)
+	$(BIN)/python -m benchmarks.serving --model $(MODEL)
+	$(BIN)/python -m benchmarks.training --data_dir $(CLINIFACT)
+	$(BIN)/python -m benchmarks.long_documents
+	$(BIN)/python -m benchmarks.report
+
+bench-table: $(INSTALLED) ## print the ratios of benchmarks/results
+	$(BIN)/python -m benchmarks.report
 
 $(SPACE_INSTALLED): space/requirements.txt $(INSTALLED)
 	$(BIN)/python -m pip install --requirement space/requirements.txt

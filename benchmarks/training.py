@@ -20,7 +20,8 @@ only where a token is predicted. For a row of T tokens, K of them predicted:
 where N are weights of the layers' matrices, L layers, H heads, Q their size. As in the paper the attention term counts
 pairs of tokens that the causal mask hides; `model_flops_utilisation_causal` counts half of it.
 
-`padding` and `frozen_layers` are speed-ups of ours, each with what it was before. `profile` writes one step's time by
+`padding` and `frozen_layers` are speed-ups of ours, each with what it was before; their ratio is that of speed, with
+the speed-up over without. `profile` writes one step's time by
 operation to `results/training_profile.txt`, and its trace (for ui.perfetto.dev) to `results/training_trace.json.gz`.
 """
 
@@ -315,7 +316,7 @@ def compare_padding(arguments: argparse.Namespace) -> dict[str, Any]:
     middle = {name: statistics.median(values) for name, values in speeds.items()}
     losses = {name: result["losses"] for name, result in results.items()}
     return {
-        "speed_right_over_left": round(middle["right"] / middle["left"], 3),
+        "ratio": round(middle["right"] / middle["left"], 3),
         "largest_difference_of_a_loss": largest_difference(losses["left"], losses["right"]),
         "median_tokens_per_second": middle,
         "peak_memory_mib": {name: round(result["peak_mib"], 1) for name, result in results.items()},
@@ -354,8 +355,8 @@ def compare_frozen_layers(arguments: argparse.Namespace) -> dict[str, Any]:
         epochs[name] = [round(steps * statistics.median(each), 2) for each in (first, second)]
     losses = {name: result["losses"] for name, result in results.items()}
     return {
-        "speed_of_a_later_epoch": round(epochs["computed"][1] / epochs["kept"][1], 3),
-        "speed_of_two_epochs": round(sum(epochs["computed"]) / sum(epochs["kept"]), 3),
+        "ratio": round(sum(epochs["computed"]) / sum(epochs["kept"]), 3),
+        "ratio_of_a_later_epoch": round(epochs["computed"][1] / epochs["kept"][1], 3),
         "largest_difference_of_a_loss": largest_difference(losses["computed"], losses["kept"]),
         "epoch_seconds": epochs,
         "peak_memory_mib": {name: round(result["peak_mib"], 1) for name, result in results.items()},
