@@ -28,7 +28,6 @@ _RESUMABLE = {
 
 
 STREAM_THREAD = "clsgen-stream"
-PREFILL_TOKENS = 2048  # of all rows together, that go through the layers at once
 
 
 class _SomeRowsEnded(StoppingCriteria):
@@ -74,25 +73,6 @@ class _Cancelled(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def prefill_in_chunks(model: Any, batch: dict[str, torch.Tensor], past: dict[str, Any]) -> Any:
-    """`model(**batch, **past)` a few columns after another: what layers hold at a time doesn't grow with the prompts.
-
-    Args:
-        model ([`ClsGenForCausalLMAndClassification`]): In evaluation mode.
-        batch, past (`dict`): As [`SharedPrefix.batch`] gives them; the cache is filled.
-
-    Returns:
-        [`ClsGenOutput`] of the last columns, with the logits of the last one.
-    """
-    ids, mask, past = batch["input_ids"], batch["attention_mask"], dict(past)
-    end = mask.shape[1] - ids.shape[1]
-    for chunk in ids.split(max(PREFILL_TOKENS // len(ids), 1), dim=1):
-        end += chunk.shape[1]
-        outputs = model(chunk, attention_mask=mask[:, :end], **past, use_cache=True, logits_to_keep=1)
-        past["cls_past_scores"] = outputs.cls_past_scores
-    return outputs
-
-
 class Prefill:
     """The computed prompts of a batch: the head's logits, the LM's own reading, and the KV cache to go on from.
 
@@ -107,7 +87,7 @@ class Prefill:
         ids = [prompt.input_ids for prompt in prompts]
         prefix = prefix or SharedPrefix.of(model, ids, whole=True)
         rest, past = prefix.batch(model, ids)
-        outputs = prefill_in_chunks(model, rest, past)
+        outputs = model(**rest, **past, use_cache=True, logits_to_keep=1)
         self.cache = past["past_key_values"]
         beginning = rest["input_ids"].new_tensor(prefix.input_ids).expand(len(ids), -1)
         self.batch = {**rest, "input_ids": torch.cat([beginning, rest["input_ids"]], dim=1)}

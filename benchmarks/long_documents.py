@@ -4,10 +4,12 @@ python -m benchmarks.long_documents
 
 Training: one step of one row, with activation checkpointing on both sides (TRL's default, and ours), LoRA on all
 layers and 128 tokens to predict; behind a short step to warm up. Inference: the number alone (`classify`), number and
-cache to explain from (`prefill`), the same with the prompt through the layers at once (`prefill_whole`), and the plain
-backbone (`stock`). Texts are claims of trial_claims, one behind the other. Every figure has a process of its own; peak
-memory is all of it, Python and libraries included. Ratios are ours over the peer's at the greatest length, lower is
-better.
+cache to explain from (`prefill`), and the plain backbone (`stock`). Texts are claims of trial_claims, one behind the
+other. Every figure has a process of its own; peak memory is all of it, Python and libraries included. Ratios are ours
+over the peer's at the greatest length, lower is better.
+
+Prompts go through the layers at once. Chunks were tried: peak memory is that of weights and KV cache either way, and
+later chunks need a mask, which makes attention slower.
 """
 
 import argparse
@@ -24,9 +26,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.measuring import describe_run, peak_memory_mib
 from benchmarks.training import build_clsgen, build_trl, clsgen_model, explained_rows
 from benchmarks.turns import SteppedTrainer
-from clsgen import explaining_clsgen
 from clsgen.atomic_io import write_json
 from clsgen.backbones import resolve_backbone
+from clsgen.explaining_clsgen import Prefill
 from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.prompting_clsgen import EncodedPrompt
 
@@ -34,7 +36,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "long_documents.json"
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 PREDICTED = 128
 WARM_UP = 256
-INFERENCE = ("classify", "prefill", "prefill_whole", "stock")
+INFERENCE = ("classify", "prefill", "stock")
 TRAINING: dict[str, tuple[Any, dict[str, Any]]] = {
     "clsgen": (build_clsgen, {"per_device_train_batch_size": 1}),
     "trl": (build_trl, {"per_device_train_batch_size": 1, "max_length": None}),
@@ -78,13 +80,11 @@ def infer_one(side: str, ids: list[int], backbone: str) -> dict[str, float]:
 
     else:
         model = clsgen_model("trial_claims", None, backbone)
-        if side == "prefill_whole":
-            explaining_clsgen.PREFILL_TOKENS = len(ids)
 
         def run(prompt: list[int]) -> Any:
             if side == "classify":
                 return model.run_to_head(torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long))
-            return explaining_clsgen.Prefill(model, [EncodedPrompt(prompt, truncated=False)])
+            return Prefill(model, [EncodedPrompt(prompt, truncated=False)])
 
     run(ids[:WARM_UP])
     start = time.perf_counter()
@@ -124,8 +124,7 @@ def main() -> None:
                 results.setdefault(f"training_{side}", {})[length] = found
             print(table(results, [n for n in lengths if n <= length]), flush=True)
     longest = {name: found[lengths[-1]] for name, found in results.items()}
-    pairs = {"training_vs_trl": ("training_clsgen", "training_trl"), "prefill_vs_stock": ("prefill", "stock"),
-             "prefill_vs_whole": ("prefill", "prefill_whole")}  # fmt: skip
+    pairs = {"training_vs_trl": ("training_clsgen", "training_trl"), "prefill_vs_stock": ("prefill", "stock")}
     ratios = {
         f"{name}_{what}": round(longest[ours][key] / longest[theirs][key], 3)
         for name, (ours, theirs) in pairs.items()

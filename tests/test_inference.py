@@ -374,15 +374,3 @@ def test_an_explanation_does_not_repeat_itself_but_may_repeat_the_prompt(model, 
     # A processor that knows the prompt would forbid what it holds; ours equals generation behind an empty prompt.
     whole = model.classify_and_explain(texts * 2, mode="free", max_new_tokens=30)
     assert whole[0].explanation == model.classify_and_explain(texts[0], mode="free", max_new_tokens=30).explanation
-
-
-def test_a_prompt_that_goes_through_the_layers_in_chunks_gives_the_same(any_model, texts, monkeypatch):
-    whole = any_model.classify_and_explain(texts, max_new_tokens=8)
-    monkeypatch.setattr("clsgen.explaining_clsgen.PREFILL_TOKENS", 4 * 50)
-    chunked = any_model.classify_and_explain(texts, max_new_tokens=8)
-    alone = any_model.classify_and_explain(texts[0], max_new_tokens=8)
-    assert [p.explanation for p in chunked] == [p.explanation for p in whole]
-    assert alone.explanation == whole[0].explanation
-    for one, other in zip([*chunked, alone], [*whole, whole[0]], strict=True):
-        assert one.probability == pytest.approx(other.probability, abs=1e-4)
-        assert one.lm_probability == pytest.approx(other.lm_probability, abs=1e-4)
