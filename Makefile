@@ -10,10 +10,11 @@ OLAH_VENV := .venv-olah
 MODEL ?= outputs/trial_claims/model
 
 .DEFAULT_GOAL := help
-.PHONY: help venv backbone demo test test-slow test-quantized table ray space test-space test-clients check format clean
+.PHONY: help venv backbone demo test test-slow test-quantized table bench bench-table ray space test-space \
+	test-clients check format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## make the virtual environment, with the pinned requirements
 
@@ -44,6 +45,19 @@ test-quantized: $(INSTALLED) ## install bitsandbytes and test training on 4-bit 
 
 table: $(INSTALLED) ## rebuild results/table.csv and table.md from the result files
 	$(BIN)/python -m benchmarks.table
+
+bench: $(RAY_INSTALLED) ## measure all of benchmarks/ again on a quiet machine (CLINIFACT=folder), and print the ratios
+	@test -n "$(CLINIFACT)" || { echo "Name a CliniFact checkout: make bench CLINIFACT=folder"; exit 1; }
+	@test -f $(MODEL)/config.json || { echo "There is no checkpoint in $(MODEL): run 'make demo' first, or name one with MODEL=folder."; exit 1; }
+	$(BIN)/python -m benchmarks.inference --model $(MODEL) --data_dir $(CLINIFACT)
+	$(BIN)/python -m benchmarks.serving --model $(MODEL)
+	$(BIN)/python -m benchmarks.training --data_dir $(CLINIFACT)
+	$(BIN)/python -m benchmarks.long_documents
+	$(BIN)/python -m benchmarks.scoring_ray --model $(MODEL)
+	$(BIN)/python -m benchmarks.report
+
+bench-table: $(INSTALLED) ## print the ratios of benchmarks/results
+	$(BIN)/python -m benchmarks.report
 
 $(RAY_INSTALLED): requirements-ray.txt $(INSTALLED)
 	$(BIN)/python -m pip install --requirement requirements-ray.txt

@@ -10,6 +10,16 @@ def positions_from_mask(attention_mask: torch.Tensor, length: int) -> torch.Long
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
+def pads_behind(attention_mask: torch.Tensor) -> bool:
+    """Whether all padding stands behind the rows (`False` where that can't be read: while compiling).
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 0 at padding.
+    """
+    compiling = torch.compiler.is_compiling()
+    return not compiling and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+
+
 def running_sum(
     scores: torch.FloatTensor,
     mask: torch.Tensor,

@@ -6,16 +6,16 @@ from torch.nn import functional as F
 IGNORE_INDEX = -100
 
 
-def supervised_positions(labels: torch.LongTensor) -> torch.LongTensor:
-    """Positions from which some row of the batch predicts a labelled token, for `logits_to_keep`.
+def supervised_positions(labels: torch.LongTensor) -> torch.BoolTensor:
+    """Positions from which a labelled token is predicted, for `logits_to_keep`.
 
     Args:
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where there is no label.
 
     Returns:
-        `torch.LongTensor` of shape `(kept_positions,)`.
+        `torch.BoolTensor` of shape `(batch_size, sequence_length)`.
     """
-    return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
 
 
 def language_modeling_loss(
@@ -27,20 +27,21 @@ def language_modeling_loss(
     """Cross-entropy of the next token, summed over labelled tokens and divided by `num_items` (default: their number).
 
     Args:
-        logits (`torch.FloatTensor` of shape `(batch_size, kept_positions, vocab_size)`).
+        logits (`torch.FloatTensor` of shape `(batch_size, kept_positions, vocab_size)`): Or, where `logits_to_keep` is
+            a mask, of shape `(kept_positions, vocab_size)`.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Not shifted.
         logits_to_keep: As given to the model: which positions `logits` holds.
         num_items: Number of labelled tokens in the whole optimizer step.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     if isinstance(logits_to_keep, torch.Tensor):
-        targets = targets[:, logits_to_keep]
+        targets = targets[logits_to_keep] if logits_to_keep.dim() == 2 else targets[:, logits_to_keep]
     elif logits_to_keep:
         targets = targets[:, -logits_to_keep:]
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum()
     total = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return total / torch.as_tensor(num_items).clamp(min=1)
 

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_clsgen import ClsGenConfig
 from .decision_clsgen import ClsGenDecisionMixin
 from .early_exit_clsgen import decoder_up_to
-from .head_clsgen import ClassificationHead, positions_from_mask
+from .head_clsgen import ClassificationHead, pads_behind, positions_from_mask
 from .inference_clsgen import ClsGenInferenceMixin
 from .losses_clsgen import classification_loss, language_modeling_loss, supervised_positions
 from .prompting_clsgen import TaskPrompt
@@ -25,7 +25,8 @@ class ClsGenOutput(CausalLMOutputWithPast):
         loss (`torch.FloatTensor` of shape `()`): `lm_weight * lm_loss + cls_weight * cls_loss`, given any labels.
         lm_loss (`torch.FloatTensor` of shape `()`): Cross-entropy, mean over the tokens with a label.
         cls_loss (`torch.FloatTensor` of shape `()`): Binary cross-entropy, mean over the decisions.
-        logits (`torch.FloatTensor` of shape `(batch_size, kept_positions, vocab_size)`): Of the LM head.
+        logits (`torch.FloatTensor` of shape `(batch_size, kept_positions, vocab_size)`): Of the LM head; of shape
+            `(kept_positions, vocab_size)` where `logits_to_keep` is a mask, as it is while training.
         cls_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length)`): Of the classification head, float32,
             as if each token were the decision token. Neither calibrated nor corrected for `pos_weight`.
         cls_past_scores (`torch.FloatTensor` of shape `(batch_size,)`): What the head's means have summed up to the
@@ -199,7 +200,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         labels: torch.LongTensor | None = None,
         cls_labels: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.LongTensor = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_decisions_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | list[int] | None = None,
@@ -217,9 +218,10 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
                 there is no language-modelling loss.
             cls_labels (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 to 1 at decision
                 tokens, -100 elsewhere.
-            logits_to_keep (`int` or `torch.LongTensor` of shape `(kept_positions,)`): Which positions go through the
-                LM head: the last `logits_to_keep`, those listed, or (0) all. While training with `labels`, 0 means
-                those that `labels` need.
+            logits_to_keep (`int`, `torch.LongTensor` of shape `(kept_positions,)` or `torch.BoolTensor` of shape
+                `(batch_size, sequence_length)`): Which positions go through the LM head: the last `logits_to_keep`,
+                those listed, those that are true (then `logits` are flat), or (0) all. While training with `labels`, 0
+                means those that `labels` need.
             num_items_in_batch, num_decisions_in_batch (`int` or `torch.Tensor`, *optional*): Labelled tokens and
                 decisions of the whole optimizer step; each loss is its sum over this batch divided by them.
 
@@ -234,14 +236,20 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         # `generate` with a static cache hands over masks that are ready for each layer.
         is_2d_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        lm_mask, lm_position_ids = attention_mask, position_ids
         if position_ids is None and is_2d_mask:
             position_ids = positions_from_mask(attention_mask, length)
+            if past_key_values is None and pads_behind(attention_mask):
+                # Causal attention never looks there, and its kernels do half the work where they get no mask.
+                lm_mask = None
+            else:
+                lm_position_ids = position_ids
         layers = self.read_layers()
         wanted = True if output_hidden_states is True else sorted({*layers, *(output_hidden_states or ())})
         outputs = self.lm(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            attention_mask=lm_mask,
+            position_ids=lm_position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,

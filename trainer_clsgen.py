@@ -41,7 +41,7 @@ class ClsGenSFTConfig(SFTConfig):
             line. `max_length` less this is left for the prompt.
         explanation_mode (`str`, *optional*, defaults to `"guided"`): `"guided"` teaches a verdict line before each
             explanation, `"free"` none.
-        padding_side (`str`, *optional*, defaults to `"left"`): Side of the padding in batches.
+        padding_side (`str`, *optional*, defaults to `"right"`): Side of the padding in batches.
         train_sampling_strategy (`str`, *optional*, defaults to `"auto"`): As in `TrainingArguments`; `"auto"` is
             `"group_by_length"` on a CPU and `"random"` elsewhere.
         cache_frozen_layers (`bool`, *optional*, defaults to `False`): Keep the states of the layers below the lowest
@@ -62,7 +62,7 @@ class ClsGenSFTConfig(SFTConfig):
         default="guided",
         metadata={"help": "Whether a verdict line comes before explanations.", "choices": ["guided", "free"]},
     )
-    padding_side: str = field(default="left", metadata={"help": "Side of padding.", "choices": ["left", "right"]})
+    padding_side: str = field(default="right", metadata={"help": "Side of padding.", "choices": ["left", "right"]})
     train_sampling_strategy: str = field(
         default="auto",
         metadata={

@@ -124,12 +124,11 @@ def pack_rows(rows: Dataset, max_length: int, seed: int | None = None) -> Datase
 class DataCollatorForClsGen(DataCollatorMixin):
     """Batches encoded rows.
 
-    Padding is on the left by default: completions then end in the same column, and the LM head is applied to fewer
-    columns (see [`supervised_positions`]).
+    Padding is on the right by default: behind a row it needs no mask (see [`head_clsgen.pads_behind`]).
 
     Args:
         pad_token_id (`int`): Fills padding; masked, so any id does.
-        padding_side (`str`, *optional*, defaults to `"left"`): Or `"right"`.
+        padding_side (`str`, *optional*, defaults to `"right"`): Or `"left"`.
         padding_free (`bool`, *optional*, defaults to `False`): One sequence instead of a padded batch, with
             `position_ids` that restart at each row and no attention mask.
         pad_to_multiple_of (`int`, *optional*): Pads lengths to a multiple of it.
@@ -143,10 +142,10 @@ class DataCollatorForClsGen(DataCollatorMixin):
     ...     {"input_ids": [4, 5], "labels": [-100, -100], "cls_labels": [-100.0, 0.0]},
     ... ]
     >>> collator(rows)
-    {'input_ids': tensor([[1, 2, 3], [0, 4, 5]]),
-     'attention_mask': tensor([[1, 1, 1], [0, 1, 1]]),
+    {'input_ids': tensor([[1, 2, 3], [4, 5, 0]]),
+     'attention_mask': tensor([[1, 1, 1], [1, 1, 0]]),
      'labels': tensor([[-100, -100, 3], [-100, -100, -100]]),
-     'cls_labels': tensor([[-100., 1., -100.], [-100., -100., 0.]])}
+     'cls_labels': tensor([[-100., 1., -100.], [-100., 0., -100.]])}
     >>> replace(collator, padding_free=True)(rows)
     {'input_ids': tensor([[1, 2, 3, 4, 5]]),
      'position_ids': tensor([[0, 1, 2, 0, 1]]),
@@ -156,7 +155,7 @@ class DataCollatorForClsGen(DataCollatorMixin):
     """
 
     pad_token_id: int
-    padding_side: str = "left"
+    padding_side: str = "right"
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"

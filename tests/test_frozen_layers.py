@@ -42,7 +42,7 @@ def test_training_is_the_same(backbones, task_rows, tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    "shape", [{"padding_side": "right"}, {"padding_free": True}, {"packing": True}, {"activation_checkpointing": True}]
+    "shape", [{"padding_side": "left"}, {"padding_free": True}, {"packing": True}, {"activation_checkpointing": True}]
 )
 def test_training_is_the_same_in_every_shape_of_batch(backbones, task_rows, tmp_path, shape):
     expected, _ = losses(tmp_path / "without", backbones["llama"], task_rows, **shape)

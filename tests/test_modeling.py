@@ -105,12 +105,25 @@ def test_logits_are_the_backbones_bit_for_bit(any_model, backbones, request):
 
 
 def test_lm_head_is_applied_where_labels_need_it_while_training(model):
-    rows = random_rows()
-    batch = batch_of(rows, "left")
-    full = model.eval()(**batch)
-    training = model.train()(**batch)
-    assert training.logits.shape[1] < full.logits.shape[1] == batch["input_ids"].shape[1]
-    torch.testing.assert_close(training.lm_loss, full.lm_loss)
+    batch = batch_of(random_rows(), "right")
+    labelled = (batch["labels"] != IGNORE).sum()
+    with torch.no_grad():
+        expected = model(**batch)
+        found = model.train()(**batch)
+    assert found.logits.shape == (labelled, expected.logits.shape[-1])
+    torch.testing.assert_close(found.logits, expected.logits[:, :-1][batch["labels"][:, 1:] != IGNORE])
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_attention_gets_a_mask_only_where_padding_stands_before_a_row(model, side):
+    masks = []
+    layer = model.get_decoder().layers[0]
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    model(**batch_of(random_rows(), side))
+    assert (masks[0] is None) == (side == "right")
 
 
 def test_decision_does_not_see_the_completion(any_model):

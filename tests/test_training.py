@@ -71,10 +71,10 @@ def test_collator_as_its_docstring_shows():
     ]
     collator = DataCollatorForClsGen(pad_token_id=0)
     batch = collator(rows)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 4, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 3], [-100, -100, -100]]
-    assert batch["cls_labels"].tolist() == [[-100.0, 1.0, -100.0], [-100.0, -100.0, 0.0]]
+    assert batch["cls_labels"].tolist() == [[-100.0, 1.0, -100.0], [-100.0, 0.0, -100.0]]
     flat = DataCollatorForClsGen(pad_token_id=0, padding_free=True)(rows)
     assert "attention_mask" not in flat
     assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
@@ -120,7 +120,7 @@ def test_gradients_do_not_depend_on_how_the_step_is_cut(backbones, task_rows, tm
     for kwargs in (
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-        {"per_device_train_batch_size": 8, "padding_side": "right"},
+        {"per_device_train_batch_size": 8, "padding_side": "left"},
         {"per_device_train_batch_size": 8, "padding_free": True},
         {"per_device_train_batch_size": 8, "packing": True, "max_length": 2000, "max_explanation_length": 1600},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "activation_checkpointing": True},
