@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.requirements-installed
 SPACE_INSTALLED := $(VENV)/.space-installed
 RAY_INSTALLED := $(VENV)/.ray-installed
 SLOW_INSTALLED := $(VENV)/.slow-test-installed
-BROWSER_INSTALLED := $(VENV)/.browser-test-installed
+BROWSER_INSTALLED := tests/browser/node_modules/.installed
 OLAH_VENV := .venv-olah
 MODEL ?= outputs/trial_claims/model
 
