@@ -350,10 +350,8 @@ class ClsGenInferenceMixin:
         prefill = Prefill(self, prompts)
         prediction = rule.predict(prefill.cls_logits, [prompts[0].truncated], prior)[0]
         if mode == "guided":
-            name, reading = (
-                self.config.label_names[prediction.label_id],
-                prefill.read_verdicts([prediction.label_id]).item(),
-            )
+            name = self.config.label_names[prediction.label_id]
+            reading = prefill.read_verdicts([prediction.label_id]).item()
             prediction = replace(prediction, explained_label=name, lm_probability=reading)
         yield prediction
         inputs = prefill.start(generate_kwargs)
