@@ -10,12 +10,14 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+from transformers.generation import GenerationMode
 
 from .batching_clsgen import alike, pad_left, pass_tokens, token_batches
 from .caching_clsgen import SharedPrefix, can_be_padded_within, joined
@@ -168,7 +170,9 @@ class Prefill:
         if config.explanation_no_repeat_ngram_size:
             ours = NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, length)
             options["logits_processor"] = LogitsProcessorList([ours, *options.get("logits_processor", ())])
-        return {**self.batch, **options, "past_key_values": self.cache, "return_dict_in_generate": False}
+        if not _is_assisted(self.model.generation_config, options):
+            options["past_key_values"] = self.cache
+        return {**self.batch, **options, "return_dict_in_generate": False}
 
     def explain(self, generate_kwargs: dict[str, Any]) -> list[str]:
         """Explanations of the batch; rows that have ended leave it while the others go on."""
@@ -181,6 +185,13 @@ class Prefill:
         rows = (generate_dropping_ended_rows if droppable else _generate_whole_batch)(self.model, inputs)
         texts = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [self.model.encoder.prompt.strip_verdict_line(text) for text in texts]
+
+
+def _is_assisted(config: GenerationConfig, options: dict[str, Any]) -> bool:
+    """Whether tokens are drafted first: `generate` then reads the whole prompt, also what a cache holds already."""
+    config = copy.deepcopy(options.get("generation_config") or config)
+    config.update(**options)
+    return config.get_generation_mode(options.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION
 
 
 def _generate_whole_batch(model: Any, inputs: dict[str, Any]) -> list[list[int]]:

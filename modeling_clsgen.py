@@ -13,6 +13,7 @@ from .decision_clsgen import ClsGenDecisionMixin
 from .early_exit_clsgen import decoder_up_to
 from .head_clsgen import ClassificationHead, pads_behind, positions_from_mask
 from .inference_clsgen import ClsGenInferenceMixin
+from .linear_clsgen import use_onednn_in_inference_mode
 from .losses_clsgen import classification_loss, language_modeling_loss, supervised_positions
 from .prompting_clsgen import TaskPrompt
 
@@ -63,6 +64,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
     def __init__(self, config: ClsGenConfig, lm: PreTrainedModel | None = None):
         super().__init__(config)
         self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
+        use_onednn_in_inference_mode(self.lm)
         self.cls_head = ClassificationHead(config.text_config.hidden_size, len(config.cls_reads), bias=config.cls_bias)
         self.post_init()
 

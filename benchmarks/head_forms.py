@@ -3,9 +3,10 @@
 python -m benchmarks.head_forms --task clinifact --data_dir CliniFact --results_dir results/clinifact \\
     --answers data/clinifact/explanations.jsonl --answers_id "{nctId}-{PMID}-{index}"
 
-Linear probes on the frozen backbone, by 5-fold cross-validation on train and validation together (AUROC; also with the
-rows of a trial in one fold, where ids begin with a trial), and fitted on train alone, by AUROC on validation. The
-test split is not read. Labels are gold, or mixed with a teacher's probability (`teacher_share`), where there is one.
+Probes of the frozen backbone, linear or with a hidden layer (`mlp`), by 5-fold cross-validation on train and
+validation together (AUROC; also with the rows of a trial in one fold, where ids begin with a trial), and fitted on
+train alone, by AUROC on validation. The test split is not read. Labels are gold, or mixed with a teacher's probability
+(`teacher_share`), where there is one.
 """
 
 import argparse
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.base import ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
@@ -36,6 +39,8 @@ from clsgen.warm_start import Read, extract_features
 SPLITS = ("train", "validation")
 LAYERS = tuple(range(4, 30, 2))
 INVERSE_PENALTIES = (3e-4, 1e-3, 3e-3)
+MLP_PENALTIES = (1.0, 10.0)
+HIDDEN_UNITS = 64
 TEACHER_SHARES = (0.0, 0.5, 1.0)
 FORMS: dict[str, list[Read]] = {
     "decision 16": [(16, "decision")],
@@ -91,10 +96,20 @@ def kept_features(folder: Path, *key: Any) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def probes() -> dict[str, ClassifierMixin]:
+    """New probes of each kind and strength of L2 penalty, by name."""
+    linear = {f"linear, C={c:g}": LogisticRegression(C=c, max_iter=300) for c in INVERSE_PENALTIES}
+    mlp = {
+        f"mlp, alpha={alpha:g}": MLPClassifier(HIDDEN_UNITS, alpha=alpha, early_stopping=True, random_state=0)
+        for alpha in MLP_PENALTIES
+    }
+    return {**linear, **mlp}
+
+
 def fit_and_score(
     x: np.ndarray, targets: dict[float, np.ndarray], fitted: np.ndarray, held_out: np.ndarray
-) -> dict[tuple[float, float], np.ndarray]:
-    """Scores of the held-out rows, by teacher's share and inverse penalty.
+) -> dict[tuple[float, str], np.ndarray]:
+    """Scores of the held-out rows, by teacher's share and probe.
 
     A row counts as both labels, with its shares of them as weights. PCA keeps all there is: it turns features so that
     there are no more of them than rows, which an L2 penalty does not notice.
@@ -102,11 +117,11 @@ def fit_and_score(
     turn = make_pipeline(StandardScaler(), PCA()).fit(x[fitted])
     z, z_held_out = turn.transform(x[fitted]), turn.transform(x[held_out])
     labels, found = np.repeat([1, 0], len(z)), {}
-    for share, inverse_penalty in product(targets, INVERSE_PENALTIES):
+    for share, (name, probe) in product(targets, probes().items()):
         weights = np.concatenate([targets[share][fitted], 1 - targets[share][fitted]])
-        probe = LogisticRegression(C=inverse_penalty, max_iter=300)
-        probe.fit(np.concatenate([z, z])[weights > 0], labels[weights > 0], sample_weight=weights[weights > 0])
-        found[share, inverse_penalty] = probe.decision_function(z_held_out)
+        kept = weights > 0
+        probe.fit(np.concatenate([z, z])[kept], labels[kept], sample_weight=weights[kept])
+        found[share, name] = probe.predict_proba(z_held_out)[:, 1]
     return found
 
 
@@ -130,7 +145,7 @@ def score(
         "cv_auroc_by_trial": list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, labels, trials)),
         "validation_auroc": [(np.flatnonzero(is_train), np.flatnonzero(~is_train))],
     }
-    rows = {key: {"teacher_share": key[0], "C": key[1]} for key in product(shares, INVERSE_PENALTIES)}
+    rows = {key: {"teacher_share": key[0], "probe": key[1]} for key in product(shares, probes())}
     for name, folds in ways.items():
         scores = {key: np.full(len(labels), np.nan) for key in rows}
         for fitted, held_out in folds:

@@ -14,19 +14,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from clsgen.evaluation.predictions import read_predictions
+from clsgen.evaluation.resampling import perfectly_calibrated_errors
 from clsgen.table_files import read_rows, write_rows
 
 logger = logging.getLogger("benchmarks.table")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAPER = Path(__file__).resolve().parent / "paper.csv"
 TASKS = ("trial_claims", "clinifact", "clinifact_evidence")
+CHANCE_DRAWS = 2000
 JUDGE = "tfidf"
 MODES = ("free", "guided")
 PER_MODE = ("auroc_alignment_mean", "kappa_mean", "rep4")
 COLUMNS = (
     "task", "system", "mode", "seeds", "auroc_mean", "auroc_std", "average_precision_mean", "f1_mean", "brier_mean",
-    "ece_mean", "auroc_alignment_mean", "kappa_mean", "contradiction_rate", "flesch_reading_ease", "rep4",
-    "perplexity_general_ratio", "train_seconds", "texts_per_second",
+    "ece_mean", "ece_by_chance", "auroc_alignment_mean", "kappa_mean", "contradiction_rate", "flesch_reading_ease",
+    "rep4", "perplexity_general_ratio", "train_seconds", "texts_per_second",
 )  # fmt: skip
 SCORES = ("auroc", "average_precision", "f1", "brier", "ece")
 # What each number of a CLSGen row must be, by mode ("" for each): a column, "at least" or "at most", and a limit.
@@ -61,8 +64,18 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     for place in seeds or [folder]:
         run = read_json(place / "metrics.json")
         if "test" in run:
-            runs.append({**run, "evaluation": read_json(place / "evaluation" / "metrics.json")})
+            evaluation = read_json(place / "evaluation" / "metrics.json")
+            runs.append({**run, "evaluation": evaluation, "ece_by_chance": ece_by_chance(place)})
     return runs
+
+
+def ece_by_chance(place: Path) -> float | None:
+    """The mean calibration error that a perfectly calibrated model with a run's test probabilities would show."""
+    file = place / "test_predictions.json"
+    if not file.is_file():
+        return None
+    probabilities = read_predictions(file)["probability"].to_numpy()
+    return float(perfectly_calibrated_errors(probabilities, CHANCE_DRAWS, seed=0).mean())
 
 
 def find(run: dict[str, Any], *keys: str) -> float | None:
@@ -115,6 +128,7 @@ def system_rows(task: str, folder: Path, name: str | None = None) -> list[Row]:
     common |= {f"{name}_mean": mean(find(run, "test", name) for run in runs) for name in SCORES}
     common["auroc_std"] = statistics.stdev(aurocs) if len(aurocs) > 1 and None not in aurocs else None
     common["perplexity_general_ratio"] = mean(find(run, "collapse", "general", "ratio") for run in runs)
+    common["ece_by_chance"] = mean(find(run, "ece_by_chance") for run in runs)
     common["train_seconds"] = mean(_train_seconds(run) for run in runs)
     common["texts_per_second"] = mean(find(run, "texts_per_second") for run in runs)
     parts = [part for run in runs for part in (run, run["evaluation"])]
@@ -156,7 +170,9 @@ def _missed_targets(ours: list[Row]) -> Iterator[str]:
             if value is None:
                 yield f"no {name} yet; its target is {side} {limit:g}."
             elif value < limit if side == "at least" else value > limit:
-                yield f"{name} is {value:.3f}; its target is {side} {limit:g}."
+                chance = ours[0]["ece_by_chance"] if column == "ece_mean" else None
+                by_chance = "" if chance is None else f" ({chance:.3f} of it by chance, with so few rows)"
+                yield f"{name} is {value:.3f}{by_chance}; its target is {side} {limit:g}."
 
 
 def _stronger_rivals(ours: Row, rows: list[Row]) -> Iterator[str]:
@@ -183,8 +199,9 @@ def markdown(rows: list[Row]) -> str:
         "",
         "Made by `python -m benchmarks.table` from the result files in this folder; each holds the command that makes "
         "it again. Test splits; mean over seeds (`auroc_std`: sample standard deviation). An empty cell has not been "
-        f"measured, or is undefined. Alignment is by the judge `{JUDGE}`. `train_seconds` is wall time on two shared "
-        "CPU cores; for `clsgen-*` it takes in evaluation too.",
+        "measured, or is undefined. `ece_by_chance` is the mean calibration error that a perfectly calibrated model "
+        "with these probabilities shows on so few rows (Bröcker and Smith, 2007). Alignment is by the judge "
+        f"`{JUDGE}`. `train_seconds` is wall time on two shared CPU cores; for `clsgen-*` it takes in evaluation too.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

@@ -162,6 +162,15 @@ def test_continuous_batching_writes_what_generate_writes(model, texts):
         assert request.generated_tokens == alone
 
 
+def test_drafted_tokens_change_no_word(any_model, texts):
+    written = any_model.classify_and_explain(texts[1], max_new_tokens=12)
+    drafted = any_model.classify_and_explain(texts[1], max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert drafted.explanation == written.explanation
+    assert "".join(list(any_model.stream(texts[1], max_new_tokens=12, prompt_lookup_num_tokens=3))[1:-1]).strip() == (
+        written.explanation
+    )
+
+
 @pytest.mark.parametrize("mode", ["guided", "free"])
 def test_a_batch_may_be_prefilled_in_several_passes(any_model, texts, mode, monkeypatch):
     together = any_model.classify_and_explain(texts, mode=mode, max_new_tokens=8)

@@ -55,6 +55,16 @@ def test_a_seed_without_a_number_leaves_the_mean_empty(results):
     assert (cnn["seeds"], cnn["auroc_mean"], cnn["auroc_std"], cnn["f1_mean"]) == (4, None, None, pytest.approx(0.7))
 
 
+def test_calibration_error_by_chance(results):
+    write_json(results / "my/small/metrics.json", {"test": {"auroc": 0.85, **SCORES, "ece": 0.4}})
+    rows = [{"id": i, "label": 1, "predicted": 1, "probability": 0.5, "logit": 0.0} for i in range(4)]
+    write_json(results / "my/small/test_predictions.json", rows)
+    free = table_rows(results, ["my"])[0]
+    # |k / 4 - 1 / 2| of k positives among four rows: 0.5 twice in 16 draws of them, 0.25 eight times, else 0.
+    assert free["ece_by_chance"] == pytest.approx(3 / 16, abs=0.01)
+    assert "ece_mean is 0.400 (0.18" in shortfalls([free])[0] or "ece_mean is 0.400 (0.19" in shortfalls([free])[0]
+
+
 def test_shortfalls_are_said(results):
     assert shortfalls(table_rows(results, ["my"])) == [
         "my, clsgen-small: auroc_alignment_mean (free) is 0.900; its target is at least 0.95.",
