@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.requirements-installed
 SPACE_INSTALLED := $(VENV)/.space-installed
 RAY_INSTALLED := $(VENV)/.ray-installed
+BENCH_INSTALLED := $(VENV)/.bench-installed
 SLOW_INSTALLED := $(VENV)/.slow-test-installed
 BROWSER_INSTALLED := tests/browser/node_modules/.installed
 OLAH_VENV := .venv-olah
@@ -46,7 +47,7 @@ test-quantized: $(INSTALLED) ## install bitsandbytes and test training on 4-bit 
 table: $(INSTALLED) ## rebuild results/table.csv and table.md from the result files
 	$(BIN)/python -m benchmarks.table
 
-bench: $(RAY_INSTALLED) ## measure all of benchmarks/ again on a quiet machine (CLINIFACT=folder), and print the ratios
+bench: $(BENCH_INSTALLED) ## measure all of benchmarks/ again on a quiet machine (CLINIFACT=folder), and print the ratios
 	@test -n "$(CLINIFACT)" || { echo "Name a CliniFact checkout: make bench CLINIFACT=folder"; exit 1; }
 	@test -f $(MODEL)/config.json || { echo "There is no checkpoint in $(MODEL): run 'make demo' first, or name one with MODEL=folder."; exit 1; }
 	$(BIN)/python -m benchmarks.inference --model $(MODEL) --data_dir $(CLINIFACT)
@@ -61,6 +62,10 @@ bench-table: $(INSTALLED) ## print the ratios of benchmarks/results
 
 $(RAY_INSTALLED): requirements-ray.txt $(INSTALLED)
 	$(BIN)/python -m pip install --requirement requirements-ray.txt
+	touch $@
+
+$(BENCH_INSTALLED): benchmarks/requirements.txt $(RAY_INSTALLED)
+	$(BIN)/python -m pip install --requirement benchmarks/requirements.txt
 	touch $@
 
 ray: $(RAY_INSTALLED) ## install what score_ray.py needs

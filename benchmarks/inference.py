@@ -3,9 +3,10 @@
 python -m benchmarks.inference --data_dir CliniFact
 python -m benchmarks.inference --only memory      # one comparison; the others' results stay
 
-Ratios of speed (`classify_vs_*`, `batch_explain_vs_generate`, `int8_vs_float32_latency`) are ours over the peer's,
-higher is better; ratios of time and memory (`explain_vs_*`, `classify_peak_memory_*`) are ours over the peer's, lower
-is better.
+`generate` is the same model's, apart from CLSGen's own methods: linear layers by torch's kernels, and a cache that it
+fills itself. Ratios of speed (`classify_vs_*`, `batch_explain_vs_generate`, `int8_vs_float32_latency`,
+`onednn_vs_torch_linear`) are ours over the peer's, higher is better; ratios of time and memory (`explain_vs_*`,
+`classify_peak_memory_*`) are ours over the peer's, lower is better.
 """
 
 import argparse
@@ -32,7 +33,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 BATCH_SIZES = (1, 4, 8, 16)
 NEW_TOKENS = 64
-COMPARISONS = ("explain", "int8", "batch", "classify", "memory", "two_pass", "clinifact")
+COMPARISONS = ("explain", "linear", "int8", "batch", "classify", "memory", "two_pass", "clinifact")
 logger = logging.getLogger("benchmarks.inference")
 
 
@@ -212,8 +213,32 @@ def print_peak_memory(model_folder: str, count: int) -> None:
     print(peak_memory_mib())
 
 
+def compare_linear_layers(model: Any, texts: list[dict[str, str]], repeats: int) -> dict[str, Any]:
+    """Speed with linear layers by oneDNN over that by torch's own kernels: one explanation, and a batch of texts."""
+    plain = copy.deepcopy(model)
+    plain.tokenizer = model.tokenizer
+    for layer in plain.lm.modules():
+        layer.__dict__.pop("forward", None)
+    sides = {
+        "explain": lambda each: each.classify_and_explain(texts[0], **exactly(NEW_TOKENS)),
+        "classify": lambda each: each.classify(texts),
+    }
+    seconds, middle = {}, {}
+    for task, run in sides.items():
+        timed = take_turns({"onednn": lambda run=run: run(model), "torch": lambda run=run: run(plain)}, repeats)
+        seconds[task], middle[task] = timed, medians(timed)
+    ratios = {task: each["torch"] / each["onednn"] for task, each in middle.items()}
+    return {
+        "ratio": ratios["explain"],
+        "ratio_classify": ratios["classify"],
+        "texts": len(texts),
+        "median_seconds": middle,
+        "seconds": seconds,
+    }
+
+
 def int8_copies(model: Any) -> dict[str, Any]:
-    """The model with its LM's linear layers in int8, by torch's and torchao's (`pip install torchao`) schemes."""
+    """The model with its LM's linear layers in int8, by schemes of torch and of torchao (see `requirements.txt`)."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
     copies = {name: copy.deepcopy(model) for name in ("torch_dynamic", "torchao_dynamic", "torchao_weight_only")}
@@ -278,6 +303,8 @@ def main() -> None:
         found["classify_vs_pipeline_trial_claims"] = compare_classify(model, texts, backbone, repeats)
     if "explain" in wanted:
         found["explain_vs_generate"] = compare_explain(model, texts[0], repeats)
+    if "linear" in wanted:
+        found["onednn_vs_torch_linear"] = compare_linear_layers(model, texts[:64], repeats)
     if "batch" in wanted:
         found["batch_explain_vs_generate"] = compare_batch(model, texts[:64], repeats)
     if "int8" in wanted:

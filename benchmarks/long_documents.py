@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measuring import describe_run, peak_memory_mib
-from benchmarks.training import build_clsgen, build_trl, clsgen_model, explained_rows
+from benchmarks.trainers import build_clsgen, build_trl, clsgen_model, explained_rows
 from benchmarks.turns import SteppedTrainer
 from clsgen.atomic_io import write_json
 from clsgen.backbones import resolve_backbone

@@ -20,9 +20,9 @@ only where a token is predicted. For a row of T tokens, K of them predicted:
 where N are weights of the layers' matrices, L layers, H heads, Q their size. As in the paper the attention term counts
 pairs of tokens that the causal mask hides; `model_flops_utilisation_causal` counts half of it.
 
-`padding` and `frozen_layers` are speed-ups of ours, each with what it was before; their ratio is that of speed, with
-the speed-up over without. `profile` writes one step's time by
-operation to `results/training_profile.txt`, and its trace (for ui.perfetto.dev) to `results/training_trace.json.gz`.
+`padding`, `lm_head` and `frozen_layers` are speed-ups of ours, each with what it was before; their ratio is that of
+speed, with the speed-up over without. `profile` writes one step's time by operation to `results/training_profile.txt`,
+and its trace (for ui.perfetto.dev) to `results/training_trace.json.gz`.
 """
 
 import argparse
@@ -36,37 +36,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
 from torch.nn import Linear
 from torch.profiler import ProfilerActivity, profile
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-)
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel
 
 from benchmarks.measuring import describe_run, take_turns
+from benchmarks.trainers import (
+    FIRST_TRAINED_LAYER,
+    LORA_RANK,
+    build_classifier,
+    build_clsgen,
+    build_trl,
+    build_whole_lm_head,
+    clsgen_model,
+    explained_rows,
+    prompt_of,
+)
 from benchmarks.turns import SteppedTrainer
 from clsgen.atomic_io import write_json
-from clsgen.backbones import resolve_backbone
 from clsgen.losses_clsgen import IGNORE_INDEX
-from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
-from clsgen.tasks import load_task
-from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer
-from clsgen.training_rows import encode_rows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "training.json"
-MAX_LENGTH = 1024  # TRL's default: it cuts longer rows at their end, where the explanation is
-MAX_EXPLANATION_LENGTH = 128
-LORA_RANK = 16
-FIRST_TRAINED_LAYER = 18  # as in recipes/trial_claims.yaml
-PARTS = ("peers", "padding", "frozen_layers", "profile")
+PARTS = ("peers", "padding", "lm_head", "frozen_layers", "profile")
 ROW_BY_ROW = {"per_device_train_batch_size": 1, "activation_checkpointing": False}  # and a step accumulates rows
 SETTINGS: dict[str, dict[str, Any]] = {
     "clsgen": ROW_BY_ROW,
@@ -84,106 +75,6 @@ TRL_CANDIDATES: dict[str, dict[str, Any]] = {
     },
 }
 logger = logging.getLogger("benchmarks.training")
-
-
-def clsgen_model(task_name: str, data_dir: str | None, backbone: str) -> ClsGenForCausalLMAndClassification:
-    """The task's model, whose head reads what the recipe of trial_claims reads."""
-    task = load_task(task_name, data_dir)
-    return ClsGenForCausalLMAndClassification.from_backbone(
-        resolve_backbone(backbone),
-        task=task.prompt,
-        labels=task.labels,
-        config_kwargs={
-            "cls_reads": [(FIRST_TRAINED_LAYER, "mean"), (FIRST_TRAINED_LAYER, "decision")],
-            "max_prompt_length": MAX_LENGTH - MAX_EXPLANATION_LENGTH,
-        },
-        dtype=torch.float32,
-    )
-
-
-def explained_rows(model: ClsGenForCausalLMAndClassification, task_name: str, data_dir: str | None, count: int):
-    """`count` encoded training rows that have a label and an explanation, in random order."""
-    rows = load_task(task_name, data_dir).splits["train"].shuffle(seed=0)
-    rows = rows.filter(lambda row: row["label"] is not None and bool(row["explanation"])).select(range(count))
-    return encode_rows(rows, model.encoder, MAX_EXPLANATION_LENGTH, guided=True)
-
-
-def lora(first_layer: int = 0, num_layers: int | None = None, task_type: str = "CAUSAL_LM") -> LoraConfig:
-    """LoRA on all linear layers, from `first_layer` on."""
-    return LoraConfig(
-        r=LORA_RANK,
-        lora_alpha=2 * LORA_RANK,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        layers_to_transform=list(range(first_layer, num_layers)) if first_layer else None,
-        task_type=task_type,
-    )
-
-
-def training_arguments(folder: str, steps: int, rows_per_step: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """What all sides have in common, and their own settings over it."""
-    batch_size = min(settings.get("per_device_train_batch_size", 8), rows_per_step)
-    return {
-        "output_dir": folder,
-        "max_steps": steps,
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        **settings,
-        "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": rows_per_step // batch_size,
-    }
-
-
-def build_clsgen(folder: str, rows: list[dict], model_arguments: tuple, settings: dict, steps: int, per_step: int):
-    """Our trainer; `settings` may have `first_layer`, below which nothing trains."""
-    model = clsgen_model(*model_arguments)
-    settings = dict(settings)
-    adapter = lora(settings.pop("first_layer", 0), model.config.text_config.num_hidden_layers)
-    arguments = ClsGenSFTConfig(
-        max_length=MAX_LENGTH,
-        max_explanation_length=MAX_EXPLANATION_LENGTH,
-        **training_arguments(folder, steps, per_step, settings),
-    )
-    return ClsGenSFTTrainer(model, arguments, Dataset.from_list(rows), peft_config=adapter)
-
-
-def build_trl(folder: str, rows: list[dict], model_arguments: tuple, settings: dict, steps: int, per_step: int):
-    """TRL's trainer on the same tokens and the same labels."""
-    backbone = resolve_backbone(model_arguments[-1])
-    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
-    arguments = SFTConfig(**{"max_length": MAX_LENGTH, **training_arguments(folder, steps, per_step, settings)})
-    dataset = Dataset.from_list(rows).select_columns(["input_ids", "labels"])
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
-    return SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora())
-
-
-def build_classifier(folder: str, rows: list[dict], model_arguments: tuple, settings: dict, steps: int, per_step: int):
-    """`Trainer` with transformers' own classifier, on the prompts."""
-    from peft import get_peft_model
-
-    backbone = resolve_backbone(model_arguments[-1])
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
-    model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=2, dtype=torch.float32)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    prompts = [prompt_of(row) for row in rows]
-    return Trainer(
-        get_peft_model(model, lora(task_type="SEQ_CLS")),
-        TrainingArguments(**training_arguments(folder, steps, per_step, settings)),
-        train_dataset=Dataset.from_list(prompts),
-        data_collator=DataCollatorWithPadding(tokenizer),
-    )
-
-
-def prompt_of(row: dict[str, Any]) -> dict[str, Any]:
-    """An encoded row up to its decision token, and its label."""
-    (decision,) = (i for i, label in enumerate(row["cls_labels"]) if label != IGNORE_INDEX)
-    return {"input_ids": row["input_ids"][: decision + 1], "labels": int(row["cls_labels"][decision])}
 
 
 def model_flops(model: PreTrainedModel, rows: list[dict], causal: bool = False) -> float:
@@ -300,28 +191,42 @@ def flops_of_steps(
     )
 
 
-def compare_padding(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Batches of four rows of alike lengths, padded before the rows (under a mask) and behind them (without one)."""
+def compare_before_and_after(arguments: argparse.Namespace, before: tuple, after: tuple) -> dict[str, Any]:
+    """Speed, memory and losses of two sides, each a function that builds a trainer, and settings, on the same rows.
+
+    A step has four rows of alike lengths.
+    """
     model_arguments = ("clinifact", arguments.data_dir, arguments.backbone)
     model = clsgen_model(*model_arguments)
     windows, per_step = arguments.windows, 4
     rows = explained_rows(model, *model_arguments[:2], per_step * (windows + 1)).sort("length").to_list()
-    settings = {"per_device_train_batch_size": per_step, "activation_checkpointing": False}
     sides = {
-        side: (build_clsgen, rows, model_arguments, {**settings, "padding_side": side}, windows + 1, per_step)
-        for side in ("left", "right")
+        name: (build, rows, model_arguments, settings, windows + 1, per_step)
+        for name, (build, settings) in (("before", before), ("after", after))
     }
     seconds, results = step_by_step(sides, windows)
     speeds = {name: tokens_per_second(rows, per_step, values) for name, values in seconds.items()}
     middle = {name: statistics.median(values) for name, values in speeds.items()}
     losses = {name: result["losses"] for name, result in results.items()}
     return {
-        "ratio": round(middle["right"] / middle["left"], 3),
-        "largest_difference_of_a_loss": largest_difference(losses["left"], losses["right"]),
+        "ratio": round(middle["after"] / middle["before"], 3),
+        "largest_difference_of_a_loss": largest_difference(losses["before"], losses["after"]),
         "median_tokens_per_second": middle,
         "peak_memory_mib": {name: round(result["peak_mib"], 1) for name, result in results.items()},
         "seconds": seconds,
     }
+
+
+def compare_padding(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Batches of four rows, padded before the rows (under a mask) and behind them (without one)."""
+    settings = {"per_device_train_batch_size": 4, "activation_checkpointing": False}
+    before, after = ((build_clsgen, {**settings, "padding_side": side}) for side in ("left", "right"))
+    return compare_before_and_after(arguments, before, after)
+
+
+def compare_lm_head(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Row by row, with the LM head at every position, and at those with a label alone."""
+    return compare_before_and_after(arguments, (build_whole_lm_head, ROW_BY_ROW), (build_clsgen, ROW_BY_ROW))
 
 
 def largest_difference(one: list[float], other: list[float]) -> float:
@@ -399,6 +304,7 @@ def main() -> None:
     comparisons = {
         "peers": compare_peers,
         "padding": lambda arguments: {"padding": compare_padding(arguments)},
+        "lm_head": lambda arguments: {"lm_head": compare_lm_head(arguments)},
         "frozen_layers": lambda arguments: {"frozen_layers": compare_frozen_layers(arguments)},
         "profile": profile_step,
     }

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.long_documents import PREDICTED, row_of
 from benchmarks.report import table
-from benchmarks.training import lora, model_flops, prompt_of, tokens_per_second
+from benchmarks.trainers import lora, prompt_of
+from benchmarks.training import model_flops, tokens_per_second
 from benchmarks.turns import SteppedTrainer
 from clsgen.atomic_io import write_json
 from clsgen.losses_clsgen import supervised_positions
