@@ -19,6 +19,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from clsgen import trainer_clsgen
 from clsgen.backbones import resolve_backbone
 from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
@@ -93,7 +94,6 @@ def build_clsgen(
     settings: dict,
     steps: int,
     per_step: int,
-    trainer_class: type[ClsGenSFTTrainer] = ClsGenSFTTrainer,
 ):
     """Our trainer; `settings` may have `first_layer`, below which nothing trains."""
     model = clsgen_model(*model_arguments)
@@ -104,20 +104,13 @@ def build_clsgen(
         max_explanation_length=MAX_EXPLANATION_LENGTH,
         **training_arguments(folder, steps, per_step, settings),
     )
-    return trainer_class(model, arguments, Dataset.from_list(rows), peft_config=adapter)
-
-
-class _WholeLmHeadTrainer(ClsGenSFTTrainer):
-    """Our trainer with the LM head at every position."""
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args, **kwargs) -> Any:
-        positions = torch.arange(inputs["input_ids"].shape[1])
-        return super().compute_loss(model, {**inputs, "logits_to_keep": positions}, *args, **kwargs)
+    return ClsGenSFTTrainer(model, arguments, Dataset.from_list(rows), peft_config=adapter)
 
 
 def build_whole_lm_head(*arguments: Any) -> ClsGenSFTTrainer:
-    """[`build_clsgen`] with the LM head at every position."""
-    return build_clsgen(*arguments, trainer_class=_WholeLmHeadTrainer)
+    """[`build_clsgen`] with the LM head at every position, for as long as the process lives."""
+    trainer_clsgen.supervised_positions = lambda labels: torch.ones_like(labels, dtype=torch.bool)
+    return build_clsgen(*arguments)
 
 
 def build_trl(folder: str, rows: list[dict], model_arguments: tuple, settings: dict, steps: int, per_step: int):
