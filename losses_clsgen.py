@@ -1,7 +1,9 @@
-"""The two losses, each a sum over this batch divided by a count that may be the whole optimizer step's."""
+"""The losses, each a sum over this batch divided by a count that may be the whole optimizer step's."""
 
 import torch
 from torch.nn import functional as F
+
+from .batching_clsgen import alike
 
 IGNORE_INDEX = -100
 
@@ -72,3 +74,36 @@ def classification_loss(
         reduction="none",
     )
     return (losses * is_decision).sum() / torch.as_tensor(num_decisions).clamp(min=1)
+
+
+def verdict_loss(
+    logits: torch.FloatTensor,
+    labels: torch.LongTensor,
+    cls_labels: torch.FloatTensor,
+    lines: list[list[int]],
+    num_decisions: torch.Tensor | int | None = None,
+) -> torch.FloatTensor:
+    """Binary cross-entropy of the LM's own reading of the verdict, summed over explanations that begin with its line.
+
+    The reading is the log-odds of the two tokens by which the lines of both labels first differ.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(kept_positions, vocab_size)`): At [`supervised_positions`].
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Not shifted.
+        cls_labels (`torch.FloatTensor` of shape `(batch_size, sequence_length)`): -100 but at decision tokens, which
+            the explanations follow.
+        lines (`list[list[int]]`): Ids of the verdict lines of label 0 and label 1.
+        num_decisions: Number of decisions in the whole optimizer step, which the sum is divided by.
+    """
+    place = alike(lines)
+    tokens = labels.new_tensor([line[place] for line in lines])
+    kept, is_decision = supervised_positions(labels), cls_labels != IGNORE_INDEX
+    reads = F.pad(is_decision, (place, 0))[:, : labels.shape[1]] & kept
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    reads &= torch.isin(following, tokens)
+    odds = logits[reads[kept]].float()[:, tokens]
+    targets = (following[reads] == tokens[1]).to(odds.dtype)
+    total = F.binary_cross_entropy_with_logits(odds[:, 1] - odds[:, 0], targets, reduction="sum")
+    if num_decisions is None:
+        num_decisions = is_decision.sum()
+    return total / torch.as_tensor(num_decisions).clamp(min=1)

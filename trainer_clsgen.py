@@ -19,10 +19,11 @@ from trl import SFTConfig, SFTTrainer
 
 from clsgen.classification_metrics import classification_metrics
 from clsgen.frozen_layers import FrozenLayers, first_trained_layer
-from clsgen.losses_clsgen import IGNORE_INDEX, supervised_positions
+from clsgen.losses_clsgen import IGNORE_INDEX, supervised_positions, verdict_loss
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.training_rows import DataCollatorForClsGen, encode_rows, label_counts, pack_rows
 
+LOSSES = {"lm_loss": "lm_weight", "cls_loss": "cls_weight", "verdict_loss": "verdict_weight"}
 EVALUATION_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
 CHECKPOINT_COMPLETE = "trainer_state.json"  # the last file that `Trainer` writes into a checkpoint
 
@@ -33,6 +34,8 @@ class ClsGenSFTConfig(SFTConfig):
 
     Args:
         lm_weight, cls_weight (`float`, *optional*, default to 1.0): Weights of the two losses.
+        verdict_weight (`float`, *optional*, defaults to 0.0): Weight of a third loss: binary cross-entropy of the LM's
+            own reading of the verdict (`lm_probability`), one token among dozens to the LM's loss.
         pos_weight (`str`, *optional*, defaults to `"none"`): Weight of the positive class in the BCE loss: `"none"`,
             `"balanced"` (negatives / positives of the training rows) or a number. Undone at inference.
         cls_learning_rate (`float`, *optional*): Learning rate of the head; `learning_rate` by default.
@@ -52,6 +55,7 @@ class ClsGenSFTConfig(SFTConfig):
 
     lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss."})
     cls_weight: float = field(default=1.0, metadata={"help": "Weight of the classification loss."})
+    verdict_weight: float = field(default=0.0, metadata={"help": "Weight of the loss of the LM's own verdict."})
     pos_weight: str = field(
         default="none", metadata={"help": "Weight of the positive class: 'none', 'balanced' or a number."}
     )
@@ -89,11 +93,15 @@ class ClsGenSFTConfig(SFTConfig):
         self._check()
 
     def _check(self) -> None:
-        for name in ("lm_weight", "cls_weight"):
+        for name in ("lm_weight", "cls_weight", "verdict_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         if self.lm_weight == self.cls_weight == 0:
             raise ValueError("`lm_weight` and `cls_weight` are both 0: there is nothing to train.")
+        if self.verdict_weight and self.explanation_mode == "free":
+            raise ValueError(
+                "`verdict_weight` needs `explanation_mode='guided'`: free explanations have no verdict line."
+            )
         if self.pos_weight not in ("none", "balanced"):
             try:
                 positive = 0 < float(self.pos_weight) < float("inf")
@@ -195,6 +203,7 @@ class ClsGenSFTTrainer(SFTTrainer):
         config.explanation_mode = args.explanation_mode
         config.max_prompt_length = args.max_length - args.max_explanation_length
         self._encoder = clsgen.encoder
+        self._verdict_lines = [clsgen.encoder.encode_verdict(label) for label in (0, 1)]
         self._loss_totals = {"train": None, "eval": None}
         if peft_config is not None:
             _train_head_in_full(peft_config)
@@ -315,16 +324,22 @@ class ClsGenSFTTrainer(SFTTrainer):
                 num_items_in_batch=step_tokens,
                 num_decisions_in_batch=step_decisions,
             )
+        loss = outputs.loss
         losses = [
             outputs.lm_loss.detach() * step_tokens,
             tokens,
             outputs.cls_loss.detach() * step_decisions,
             decisions,
         ]
+        if self.args.verdict_weight:
+            of_verdicts = verdict_loss(
+                outputs.logits, inputs["labels"], inputs["cls_labels"], self._verdict_lines, step_decisions
+            )
+            loss = loss + self.args.verdict_weight * of_verdicts
+            losses += [of_verdicts.detach() * step_decisions, decisions]
         totals = torch.stack([value.double().to(self.args.device) for value in losses])
         previous = self._loss_totals[mode]
         self._loss_totals[mode] = totals if previous is None else previous + totals
-        loss = outputs.loss
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which gradients are averaged over
         return (loss, outputs) if return_outputs else loss
@@ -336,12 +351,12 @@ class ClsGenSFTTrainer(SFTTrainer):
         return tokens, decisions
 
     def _pop_losses(self, mode: str) -> dict[str, float]:
-        """The two losses since the last call, means over tokens and decisions of all processes."""
+        """The losses since the last call, means over tokens or decisions of all processes."""
         if self._loss_totals[mode] is None:
             return {}
-        lm_sum, tokens, cls_sum, decisions = self.accelerator.reduce(self._loss_totals[mode], "sum").tolist()
+        sums = self.accelerator.reduce(self._loss_totals[mode], "sum").tolist()
         self._loss_totals[mode] = None
-        return {"lm_loss": lm_sum / max(tokens, 1), "cls_loss": cls_sum / max(decisions, 1)}
+        return {name: sums[2 * i] / max(sums[2 * i + 1], 1) for i, name in enumerate(LOSSES) if 2 * i < len(sums)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -373,7 +388,7 @@ class ClsGenSFTTrainer(SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses = self._pop_losses("eval")
         if losses:
-            loss = self.args.lm_weight * losses["lm_loss"] + self.args.cls_weight * losses["cls_loss"]
+            loss = sum(getattr(self.args, LOSSES[name]) * value for name, value in losses.items())
             for name, value in {"loss": loss, **losses}.items():
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output

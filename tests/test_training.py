@@ -116,7 +116,7 @@ def assert_same_gradients(one, other, tolerance=1e-5):
 
 def test_gradients_do_not_depend_on_how_the_step_is_cut(backbones, task_rows, tmp_path):
     rows = task_rows.select(range(8))
-    whole, log = step_gradients(backbones["llama"], rows, tmp_path, per_device_train_batch_size=8)
+    whole, log = step_gradients(backbones["llama"], rows, tmp_path, per_device_train_batch_size=8, verdict_weight=0.7)
     for kwargs in (
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
@@ -127,10 +127,31 @@ def test_gradients_do_not_depend_on_how_the_step_is_cut(backbones, task_rows, tm
     ):
         if kwargs.get("packing"):
             kwargs["max_explanation_length"] = 60
-        cut, cut_log = step_gradients(backbones["llama"], rows, tmp_path, **kwargs)
+        cut, cut_log = step_gradients(backbones["llama"], rows, tmp_path, verdict_weight=0.7, **kwargs)
         assert_same_gradients(whole, cut)
-        for name in ("loss", "lm_loss", "cls_loss"):
+        for name in ("loss", "lm_loss", "cls_loss", "verdict_loss"):
             assert cut_log[name] == pytest.approx(log[name], rel=1e-5), (kwargs, name)
+
+
+def test_the_third_loss_is_that_of_the_lms_own_verdict(model, task_rows, tmp_path):
+    trainer = ClsGenSFTTrainer(
+        model, arguments(tmp_path, verdict_weight=2.0, per_device_eval_batch_size=3), task_rows, eval_dataset=task_rows
+    )
+    metrics = trainer.evaluate()
+    labelled = task_rows.filter(lambda row: row["label"] is not None)
+    expected = []
+    for row in labelled.filter(lambda row: row["explanation"]):
+        prompt = model.encoder.encode({name: row[name] for name in ("findings", "claim")}).input_ids
+        lines = [model.encoder.encode_verdict(label) for label in (0, 1)]
+        shared = next(i for i, (one, other) in enumerate(zip(*lines, strict=False)) if one != other)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + lines[0][:shared]])).logits[0, -1]
+        chosen = logits[[line[shared] for line in lines]].log_softmax(dim=0)
+        expected.append(-chosen[int(row["label"])].item())
+    assert 0 < len(expected) < len(labelled)
+    assert metrics["eval_verdict_loss"] == pytest.approx(sum(expected) / len(labelled), rel=1e-4)
+    whole = metrics["eval_lm_loss"] + metrics["eval_cls_loss"] + 2 * metrics["eval_verdict_loss"]
+    assert metrics["eval_loss"] == pytest.approx(whole, rel=1e-6)
 
 
 DISTRIBUTED = """
@@ -280,6 +301,7 @@ def test_refusals(model, task_rows, tmp_path):
         ({"pos_weight": "-1"}, "pos_weight"),
         ({"pos_weight": "much"}, "pos_weight"),
         ({"lm_weight": 0.0, "cls_weight": 0.0}, "nothing to train"),
+        ({"verdict_weight": 1.0, "explanation_mode": "free"}, "have no verdict line"),
         ({"max_length": 50}, "must be larger than"),
         ({"loss_type": "dft"}, "loss_type"),
     ):
