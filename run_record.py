@@ -1,6 +1,7 @@
 """What a result file says of the run behind it."""
 
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,16 @@ _TOKEN = re.compile(r"\bhf_\w{8,}")
 def without_tokens(text: str) -> str:
     """`text` without the Hub's tokens, which must not reach a file that may be published."""
     return _TOKEN.sub("hf_...", text)
+
+
+def peak_memory_mib() -> float:
+    """Peak resident memory of this process, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` counts what the parent held when it started this process, too
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def describe_run(script: str, argv: list[str]) -> dict[str, Any]:

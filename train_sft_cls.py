@@ -8,7 +8,6 @@ accelerate launch train_sft_cls.py --config recipes/clinifact.yaml --data_dir Cl
 import json
 import logging
 import os
-import resource
 import sys
 import time
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from clsgen.publishing.examples import write_examples
 from clsgen.publishing.footprint import available_cores, estimate_footprint
 from clsgen.publishing.hub import identity
 from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
-from clsgen.run_record import describe_run, without_tokens
+from clsgen.run_record import describe_run, peak_memory_mib, without_tokens
 from clsgen.scoring import calibrate, score_test_split, table
 from clsgen.sharding import check_launch, gather_model
 from clsgen.tasks import Task, class_counts, load_task
@@ -304,7 +303,7 @@ def finish(
         threshold=config.threshold,
         pos_weight=config.pos_weight,
         wall_seconds=round(time.time() - report.pop("started"), 1),
-        peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        peak_memory_gib=round(peak_memory_mib() / 2**10, 2),
     )
     gpus = training.world_size * training.n_gpu
     report["footprint"] = estimate_footprint(

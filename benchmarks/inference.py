@@ -22,10 +22,11 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from benchmarks.measuring import describe_run, medians, peak_memory_mib, take_turns
+from benchmarks.measuring import describe_run, medians, take_turns
 from clsgen.atomic_io import write_json
 from clsgen.backbones import resolve_backbone
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
+from clsgen.run_record import peak_memory_mib
 from clsgen.tasks import load_task
 from clsgen.train_sft_cls import parse_reads
 
@@ -320,9 +321,9 @@ def main() -> None:
     if "clinifact" in wanted:
         found["classify_vs_pipeline_clinifact"] = compare_classify(model, texts, backbone, repeats)
     report.update(describe_run())
-    report.setdefault("ratios", {}).update(
-        {name: {**each, "ratio": round(each["ratio"], 3)} for name, each in found.items()}
-    )
+    for name, each in found.items():
+        entry = {**each, "ratio": round(each["ratio"], 3), "command": report["command"]}
+        report.setdefault("ratios", {})[name] = entry
     write_json(RESULTS, report)
     for name, each in report["ratios"].items():
         print(f"{name}: {each['ratio']:.3f}")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.measuring import describe_run, peak_memory_mib
+from benchmarks.measuring import describe_run
 from benchmarks.trainers import build_clsgen, build_trl, clsgen_model, explained_rows
 from benchmarks.turns import SteppedTrainer
 from clsgen.atomic_io import write_json
@@ -31,6 +31,7 @@ from clsgen.backbones import resolve_backbone
 from clsgen.explaining_clsgen import Prefill
 from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.prompting_clsgen import EncodedPrompt
+from clsgen.run_record import peak_memory_mib
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long_documents.json"
 LENGTHS = (512, 1024, 2048, 4096, 8192)

@@ -1,7 +1,6 @@
 """Timings that can be compared: the sides of a comparison take turns in one process, and medians are reported."""
 
 import platform
-import resource
 import shlex
 import statistics
 import sys
@@ -57,8 +56,3 @@ def describe_run() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
-
-
-def peak_memory_mib() -> float:
-    """Peak resident memory of this process, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, set_seed
 
-from benchmarks.measuring import peak_memory_mib
+from clsgen.run_record import peak_memory_mib
 
 
 class _OneStepAtATime(TrainerCallback):

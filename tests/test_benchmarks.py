@@ -19,6 +19,7 @@ from benchmarks.training import model_flops, tokens_per_second
 from benchmarks.turns import SteppedTrainer
 from clsgen.atomic_io import write_json
 from clsgen.losses_clsgen import supervised_positions
+from clsgen.run_record import peak_memory_mib
 from clsgen.trainer_clsgen import ClsGenSFTTrainer
 from clsgen.training_rows import DataCollatorForClsGen, encode_rows
 
@@ -109,3 +110,11 @@ def test_a_trainer_steps_when_asked_and_says_what_went_wrong(backbones, task_row
     assert result["peak_mib"] > 100
     with pytest.raises(RuntimeError, match="there are no rows"):
         SteppedTrainer(build_nothing)
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    held = bytearray(400 * 2**20)
+    held[:: 2**12] = b"x" * len(held[:: 2**12])
+    script = "from clsgen.run_record import peak_memory_mib; print(peak_memory_mib())"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 1 < float(child.stdout) < 400 <= peak_memory_mib()

@@ -1,0 +1,157 @@
+"""Explanations from a teacher over real HTTP on loopback: whatever the teacher says, no row goes missing unsaid."""
+
+import json
+import logging
+
+import pytest
+from datasets import load_dataset
+from huggingface_hub import DatasetCard
+from teacher_server import answer, number_of, rejected, sound
+
+from clsgen.build_explanations import BuildArguments as Build
+from clsgen.build_explanations import build, main
+from clsgen.explanations.filters import FilterArguments
+from clsgen.explanations.teacher import TeacherArguments, TeacherError
+from clsgen.publishing.hub import PublicationError
+from clsgen.tasks import class_counts, load_task
+from clsgen.train_sft_cls import TaskArguments, publication
+from clsgen.trainer_clsgen import ClsGenSFTConfig
+
+
+def test_the_built_task_trains_and_its_card_tells_the_truth(run, server, tmp_path):
+    report = run(results_dir=str(tmp_path / "results"))
+    built = load_task(tmp_path / "built")
+    assert class_counts(built.splits["train"]) == {
+        "rows": 12, "positive": 6, "negative": 6, "unlabelled": 0, "explained": 11
+    }  # fmt: skip
+    assert built.splits["train"]["id"] == [f"r{n}" for n in range(12)]
+    assert rejected(report) == {"bad": {}, "good": {"unsupported_by_text": 1}}
+    assert report["teacher_quality"]["train"]["agreement"] == pytest.approx(11 / 12)
+    assert server.asked() == {**dict.fromkeys(range(16), 1), 3: 2}
+    data = load_dataset(str(tmp_path / "built"))["train"]
+    assert data.features["label"].names == ["bad", "good"]
+    assert data[3]["filter"] == "unsupported_by_text"
+    assert data[3]["teacher_verdict"] == "bad"
+    assert data[3]["explanation"] is None
+    assert data[1]["protocol"] == "blind"
+    assert data[1]["filter"] is None
+    card = DatasetCard.load(tmp_path / "built" / "README.md")
+    assert (card.data.license, card.data.size_categories) == ("cc0-1.0", "n<1K")
+    assert card.data.dataset_info["splits"][0]["num_examples"] == 12
+    assert "| train | good | 6 | 6 | 6 | 5 | 5 | 0 | unsupported_by_text 1 |" in card.text
+    assert json.loads((tmp_path / "results" / "report.json").read_text())["ledger"] == report["ledger"]
+    refused = [json.loads(line) for line in (tmp_path / "built" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in refused] == ["r3"]
+
+
+def test_a_disagreeing_row_is_explained_with_its_label_and_marked(run, server, tmp_path):
+    def agreeable(body):
+        if "An expert has settled" not in body["messages"][1]["content"]:
+            return sound(body)
+        assert '"good"' in body["messages"][1]["content"]
+        words = "The report does tell of a day that was fine for everybody who took part in it."
+        return json.dumps({"explanation": words, "supported_by_text": True})
+
+    server.behave = agreeable
+    report = run(file_format="jsonl")
+    row = json.loads((tmp_path / "built" / "train.jsonl").read_text().splitlines()[3])
+    assert row["protocol"] == "label_conditioned"
+    assert row["filter"] is None
+    assert row["teacher_verdict"] == "bad"
+    assert row["explanation"].startswith("The report does tell")
+    assert report["ledger"]["train"]["good"]["kept_label_conditioned"] == 1
+
+
+def test_a_class_below_the_floor_fails_the_build_and_leaves_the_report(run, server, tmp_path):
+    server.behave = lambda body: answer("good", words=str(number_of(body)))
+    with pytest.raises(ValueError, match=r"Only 0 explanation\(s\) of 'bad' are kept .*'verdict_agreement': 6"):
+        run(protocol="blind")
+    assert json.loads((tmp_path / "built" / "report.json").read_text())["ledger"]["train"]["bad"]["kept"] == 0
+    assert not (tmp_path / "built" / "train.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("filtered_rows", "rows", "explained"), [("head", 12, 11), ("drop", 11, 11), ("explain", 12, 12)]
+)
+def test_what_becomes_of_filtered_rows(run, tmp_path, filtered_rows, rows, explained):
+    run(filtered_rows=filtered_rows)
+    counts = class_counts(load_task(tmp_path / "built").splits["train"])
+    assert (counts["rows"], counts["explained"]) == (rows, explained)
+    assert len(load_task(tmp_path / "built").splits["validation"]) == 4
+
+
+def test_explanations_of_the_source_are_kept_where_asked(run, server, folder, tmp_path):
+    source = folder()
+    lines = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()]
+    lines[0]["explanation"] = "Mine."
+    lines.append({"id": "u", "text": "50 is odd.", "label": None, "explanation": "A word without a label."})
+    (source / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report = run(source, keep_source_explanations=True)
+    assert 0 not in server.asked()
+    built = load_task(tmp_path / "built").splits["train"]
+    assert built["explanation"][0] == "Mine."
+    assert built[-1]["label"] is None
+    assert built[-1]["explanation"] == "A word without a label."
+    assert report["ledger"]["train"]["bad"]["from_source"] == 1
+
+
+def test_credentialed_data_stay_on_this_machine(run, server, folder, tmp_path):
+    source = folder(credentialed=True)
+    away = {"base_url": "https://api.example.com/v1"}
+    with pytest.raises(TeacherError, match=r"credentialed: they must not leave this machine"):
+        run(source, teacher=away)
+    run(source)
+    assert load_task(tmp_path / "built").credentialed
+    assert "neither these texts nor anything derived" in (tmp_path / "built" / "README.md").read_text()
+
+
+def test_credentialed_weights_are_not_pushed(folder, tmp_path):
+    task_folder = folder(credentialed=True)
+    task = load_task(task_folder)
+    training = ClsGenSFTConfig(
+        str(tmp_path / "out"), push_to_hub=True, hub_model_id="me/model", use_cpu=True, bf16=False
+    )
+    report = {"task": task.name, "base_model": "org/backbone"}
+    with pytest.raises(PublicationError, match="credentialed"):
+        publication(task, TaskArguments(task=str(task_folder)), training, report)
+
+
+def test_answers_from_a_file(folder, tmp_path):
+    lines = [
+        {"n": n, "teacher_verdict": "TRUE" if n % 2 else "bad", "teacher_probability": 0.8 if n % 2 else 0.2,
+         "explanation": f"Report {n} is about a day which most readers would describe in just this way."}
+        for n in range(16)
+    ]  # fmt: skip
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    asked = Build(task=str(folder()), output_dir=str(tmp_path / "built"), answers=str(path), answers_id="r{n}")
+    report = build(asked, TeacherArguments(), FilterArguments(near_duplicate_similarity=0.95))
+    assert report["teacher_quality"]["train"]["auroc"] == 1.0
+    for change, message in (({"teacher_verdict": "perhaps"}, "The verdict is 'perhaps'"),
+                            ({"teacher_probability": 2}, "not between 0 and 1"), ({"n": 1}, "already")):  # fmt: skip
+        path.write_text("\n".join(map(json.dumps, [*lines[:2], {**lines[2], **change}])))
+        with pytest.raises(ValueError, match=rf"row 3: .*{message}"):
+            build(asked, TeacherArguments(), FilterArguments())
+
+
+def test_hand_checked_rows_give_each_filters_errors(run, server, tmp_path):
+    run(audit_sample=3)
+    sample = [json.loads(line) for line in (tmp_path / "built" / "audit_sample.jsonl").read_text().splitlines()]
+    assert [row["filter"] for row in sample].count("unsupported_by_text") == 1
+    path = tmp_path / "audit.jsonl"
+    path.write_text("\n".join(json.dumps({**row, "should_be": "kept"}) for row in sample))
+    chosen = {"filters": ["verdict_agreement", "length"], "min_words": 30}
+    report = run(audit=str(path), min_kept_per_class=0, filters=chosen)
+    found = report["audit"]["filters"]["length"]  # refuses all of them
+    assert found["wrongly"] == found["checked"] == 4
+    assert found["false_positive_rate"] == 1.0
+    assert report["audit"]["filters"]["verdict_agreement"]["false_positive_rate"] == 0.0
+
+
+def test_the_command_line_tells_errors_in_one_line(folder, tmp_path, caplog):
+    with caplog.at_level(logging.ERROR):
+        assert main(["--task", str(folder()), "--output_dir", str(tmp_path / "o"), "--filters", "odd"]) == 1
+        assert main(["--task", str(folder()), "--output_dir", str(folder()), "--model", "m"]) == 1
+        assert main(["--task", str(folder()), "--output_dir", str(tmp_path / "o")]) == 1
+    assert next(record.message for record in caplog.records).startswith("Unknown filter(s) ['odd']")
+    assert "a task that this command has not built" in caplog.text
