@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from teacher_server import TeacherServer, write_source
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +19,10 @@ from transformers import (
 )
 
 from clsgen.backbones import resolve_backbone
+from clsgen.build_explanations import BuildArguments
+from clsgen.build_explanations import build as build_explanations
+from clsgen.explanations.filters import FilterArguments
+from clsgen.explanations.teacher import TeacherArguments
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 
 CHAT_TEMPLATE = (
@@ -136,3 +141,31 @@ def task_rows():
         for i in range(16)
     ]
     return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def teacher():
+    """An OpenAI-compatible server on loopback, which behaves as a test tells it to."""
+    with TeacherServer() as server:
+        yield server
+
+
+@pytest.fixture
+def source_task(tmp_path):
+    """Writes a task without explanations."""
+    return lambda *args, **spec: write_source(tmp_path / "source", *args, **spec)
+
+
+@pytest.fixture
+def build_with_teacher(teacher, source_task, tmp_path):
+    """Builds explanations for a task, with the server as teacher."""
+    url = teacher.url
+
+    def call(source=None, teacher=None, filters=None, **arguments):
+        asked = BuildArguments(task=str(source or source_task()), output_dir=str(tmp_path / "built"), **arguments)
+        options = {"model": "teacher", "base_url": url, "max_retries": 1, **(teacher or {})}
+        # The reports are alike, and so are the answers about them.
+        chosen = {"near_duplicate_similarity": 0.95, **(filters or {})}
+        return build_explanations(asked, TeacherArguments(**options), FilterArguments(**chosen))
+
+    return call

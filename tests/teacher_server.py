@@ -3,11 +3,26 @@
 import json
 import socket
 import threading
+import time
 from collections import Counter
 
 import uvicorn
+import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+
+SPEC = {
+    "name": "mine",
+    "system_prompt": "You read reports.",
+    "template": "Report {text}",
+    "document": "text",
+    "question": "Is it good?",
+    "labels": ["bad", "good"],
+    "verdicts": ["not good", "good"],
+    "data_files": {"train": "train.jsonl", "validation": "validation.jsonl"},
+    "license": "cc0-1.0",
+}
+ROWS = 12
 
 
 def answer(verdict="good", probability=None, words="", **others):
@@ -33,7 +48,7 @@ def sound(body):
     return answer("good" if (number % 2 == 1) != (number == 3) else "not good", words=str(number))
 
 
-class Server:
+class TeacherServer:
     """An OpenAI-compatible server that behaves as told, and remembers what it was asked."""
 
     def __init__(self):
@@ -53,6 +68,17 @@ class Server:
             self.port = probe.getsockname()[1]
         self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
         self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self):
+        self.thread.start()
+        deadline = time.monotonic() + 30
+        while not self.server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *failure):
+        self.server.should_exit = True
+        self.thread.join()
 
     @property
     def url(self):
@@ -81,3 +107,16 @@ def failure(status, message="no", code=None, param=None):
 
 def rejected(report, split="train"):
     return {label: counts["rejected"] for label, counts in report["ledger"][split].items()}
+
+
+def write_source(path, rows=ROWS, **spec):
+    """A task's folder without explanations, with so many training rows."""
+    path.mkdir(exist_ok=True)
+    for split, numbers in (("train", range(rows)), ("validation", range(rows, rows + 4))):
+        lines = [
+            {"id": f"r{n}", "text": f"{n} tells of a {'good' if n % 2 else 'poor'} day.", "label": n % 2}
+            for n in numbers
+        ]
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "task.yaml").write_text(yaml.safe_dump({**SPEC, **spec}))
+    return path

@@ -18,8 +18,8 @@ from clsgen.train_sft_cls import TaskArguments, publication
 from clsgen.trainer_clsgen import ClsGenSFTConfig
 
 
-def test_the_built_task_trains_and_its_card_tells_the_truth(run, server, tmp_path):
-    report = run(results_dir=str(tmp_path / "results"))
+def test_the_built_task_trains_and_its_card_tells_the_truth(build_with_teacher, teacher, tmp_path):
+    report = build_with_teacher(results_dir=str(tmp_path / "results"))
     built = load_task(tmp_path / "built")
     assert class_counts(built.splits["train"]) == {
         "rows": 12, "positive": 6, "negative": 6, "unlabelled": 0, "explained": 11
@@ -27,7 +27,7 @@ def test_the_built_task_trains_and_its_card_tells_the_truth(run, server, tmp_pat
     assert built.splits["train"]["id"] == [f"r{n}" for n in range(12)]
     assert rejected(report) == {"bad": {}, "good": {"unsupported_by_text": 1}}
     assert report["teacher_quality"]["train"]["agreement"] == pytest.approx(11 / 12)
-    assert server.asked() == {**dict.fromkeys(range(16), 1), 3: 2}
+    assert teacher.asked() == {**dict.fromkeys(range(16), 1), 3: 2}
     data = load_dataset(str(tmp_path / "built"))["train"]
     assert data.features["label"].names == ["bad", "good"]
     assert data[3]["filter"] == "unsupported_by_text"
@@ -44,7 +44,7 @@ def test_the_built_task_trains_and_its_card_tells_the_truth(run, server, tmp_pat
     assert [row["id"] for row in refused] == ["r3"]
 
 
-def test_a_disagreeing_row_is_explained_with_its_label_and_marked(run, server, tmp_path):
+def test_a_disagreeing_row_is_explained_with_its_label_and_marked(build_with_teacher, teacher, tmp_path):
     def agreeable(body):
         if "An expert has settled" not in body["messages"][1]["content"]:
             return sound(body)
@@ -52,8 +52,8 @@ def test_a_disagreeing_row_is_explained_with_its_label_and_marked(run, server, t
         words = "The report does tell of a day that was fine for everybody who took part in it."
         return json.dumps({"explanation": words, "supported_by_text": True})
 
-    server.behave = agreeable
-    report = run(file_format="jsonl")
+    teacher.behave = agreeable
+    report = build_with_teacher(file_format="jsonl")
     row = json.loads((tmp_path / "built" / "train.jsonl").read_text().splitlines()[3])
     assert row["protocol"] == "label_conditioned"
     assert row["filter"] is None
@@ -62,10 +62,10 @@ def test_a_disagreeing_row_is_explained_with_its_label_and_marked(run, server, t
     assert report["ledger"]["train"]["good"]["kept_label_conditioned"] == 1
 
 
-def test_a_class_below_the_floor_fails_the_build_and_leaves_the_report(run, server, tmp_path):
-    server.behave = lambda body: answer("good", words=str(number_of(body)))
+def test_a_class_below_the_floor_fails_the_build_and_leaves_the_report(build_with_teacher, teacher, tmp_path):
+    teacher.behave = lambda body: answer("good", words=str(number_of(body)))
     with pytest.raises(ValueError, match=r"Only 0 explanation\(s\) of 'bad' are kept .*'verdict_agreement': 6"):
-        run(protocol="blind")
+        build_with_teacher(protocol="blind")
     assert json.loads((tmp_path / "built" / "report.json").read_text())["ledger"]["train"]["bad"]["kept"] == 0
     assert not (tmp_path / "built" / "train.parquet").exists()
 
@@ -73,21 +73,21 @@ def test_a_class_below_the_floor_fails_the_build_and_leaves_the_report(run, serv
 @pytest.mark.parametrize(
     ("filtered_rows", "rows", "explained"), [("head", 12, 11), ("drop", 11, 11), ("explain", 12, 12)]
 )
-def test_what_becomes_of_filtered_rows(run, tmp_path, filtered_rows, rows, explained):
-    run(filtered_rows=filtered_rows)
+def test_what_becomes_of_filtered_rows(build_with_teacher, tmp_path, filtered_rows, rows, explained):
+    build_with_teacher(filtered_rows=filtered_rows)
     counts = class_counts(load_task(tmp_path / "built").splits["train"])
     assert (counts["rows"], counts["explained"]) == (rows, explained)
     assert len(load_task(tmp_path / "built").splits["validation"]) == 4
 
 
-def test_explanations_of_the_source_are_kept_where_asked(run, server, folder, tmp_path):
-    source = folder()
+def test_explanations_of_the_source_are_kept_where_asked(build_with_teacher, teacher, source_task, tmp_path):
+    source = source_task()
     lines = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()]
     lines[0]["explanation"] = "Mine."
     lines.append({"id": "u", "text": "50 is odd.", "label": None, "explanation": "A word without a label."})
     (source / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    report = run(source, keep_source_explanations=True)
-    assert 0 not in server.asked()
+    report = build_with_teacher(source, keep_source_explanations=True)
+    assert 0 not in teacher.asked()
     built = load_task(tmp_path / "built").splits["train"]
     assert built["explanation"][0] == "Mine."
     assert built[-1]["label"] is None
@@ -95,18 +95,18 @@ def test_explanations_of_the_source_are_kept_where_asked(run, server, folder, tm
     assert report["ledger"]["train"]["bad"]["from_source"] == 1
 
 
-def test_credentialed_data_stay_on_this_machine(run, server, folder, tmp_path):
-    source = folder(credentialed=True)
+def test_credentialed_data_stay_on_this_machine(build_with_teacher, teacher, source_task, tmp_path):
+    source = source_task(credentialed=True)
     away = {"base_url": "https://api.example.com/v1"}
     with pytest.raises(TeacherError, match=r"credentialed: they must not leave this machine"):
-        run(source, teacher=away)
-    run(source)
+        build_with_teacher(source, teacher=away)
+    build_with_teacher(source)
     assert load_task(tmp_path / "built").credentialed
     assert "neither these texts nor anything derived" in (tmp_path / "built" / "README.md").read_text()
 
 
-def test_credentialed_weights_are_not_pushed(folder, tmp_path):
-    task_folder = folder(credentialed=True)
+def test_credentialed_weights_are_not_pushed(source_task, tmp_path):
+    task_folder = source_task(credentialed=True)
     task = load_task(task_folder)
     training = ClsGenSFTConfig(
         str(tmp_path / "out"), push_to_hub=True, hub_model_id="me/model", use_cpu=True, bf16=False
@@ -116,7 +116,7 @@ def test_credentialed_weights_are_not_pushed(folder, tmp_path):
         publication(task, TaskArguments(task=str(task_folder)), training, report)
 
 
-def test_answers_from_a_file(folder, tmp_path):
+def test_answers_from_a_file(source_task, tmp_path):
     lines = [
         {"n": n, "teacher_verdict": "TRUE" if n % 2 else "bad", "teacher_probability": 0.8 if n % 2 else 0.2,
          "explanation": f"Report {n} is about a day which most readers would describe in just this way."}
@@ -124,7 +124,7 @@ def test_answers_from_a_file(folder, tmp_path):
     ]  # fmt: skip
     path = tmp_path / "answers.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    asked = Build(task=str(folder()), output_dir=str(tmp_path / "built"), answers=str(path), answers_id="r{n}")
+    asked = Build(task=str(source_task()), output_dir=str(tmp_path / "built"), answers=str(path), answers_id="r{n}")
     report = build(asked, TeacherArguments(), FilterArguments(near_duplicate_similarity=0.95))
     assert report["teacher_quality"]["train"]["auroc"] == 1.0
     for change, message in (({"teacher_verdict": "perhaps"}, "The verdict is 'perhaps'"),
@@ -134,24 +134,24 @@ def test_answers_from_a_file(folder, tmp_path):
             build(asked, TeacherArguments(), FilterArguments())
 
 
-def test_hand_checked_rows_give_each_filters_errors(run, server, tmp_path):
-    run(audit_sample=3)
+def test_hand_checked_rows_give_each_filters_errors(build_with_teacher, teacher, tmp_path):
+    build_with_teacher(audit_sample=3)
     sample = [json.loads(line) for line in (tmp_path / "built" / "audit_sample.jsonl").read_text().splitlines()]
     assert [row["filter"] for row in sample].count("unsupported_by_text") == 1
     path = tmp_path / "audit.jsonl"
     path.write_text("\n".join(json.dumps({**row, "should_be": "kept"}) for row in sample))
     chosen = {"filters": ["verdict_agreement", "length"], "min_words": 30}
-    report = run(audit=str(path), min_kept_per_class=0, filters=chosen)
+    report = build_with_teacher(audit=str(path), min_kept_per_class=0, filters=chosen)
     found = report["audit"]["filters"]["length"]  # refuses all of them
     assert found["wrongly"] == found["checked"] == 4
     assert found["false_positive_rate"] == 1.0
     assert report["audit"]["filters"]["verdict_agreement"]["false_positive_rate"] == 0.0
 
 
-def test_the_command_line_tells_errors_in_one_line(folder, tmp_path, caplog):
+def test_the_command_line_tells_errors_in_one_line(source_task, tmp_path, caplog):
     with caplog.at_level(logging.ERROR):
-        assert main(["--task", str(folder()), "--output_dir", str(tmp_path / "o"), "--filters", "odd"]) == 1
-        assert main(["--task", str(folder()), "--output_dir", str(folder()), "--model", "m"]) == 1
-        assert main(["--task", str(folder()), "--output_dir", str(tmp_path / "o")]) == 1
+        assert main(["--task", str(source_task()), "--output_dir", str(tmp_path / "o"), "--filters", "odd"]) == 1
+        assert main(["--task", str(source_task()), "--output_dir", str(source_task()), "--model", "m"]) == 1
+        assert main(["--task", str(source_task()), "--output_dir", str(tmp_path / "o")]) == 1
     assert next(record.message for record in caplog.records).startswith("Unknown filter(s) ['odd']")
     assert "a task that this command has not built" in caplog.text
