@@ -190,28 +190,20 @@ def compare_batch(model: Any, texts: list[dict[str, str]], repeats: int) -> dict
 
 
 def compare_memory(model_folder: str) -> dict[str, Any]:
-    """Peak memory of `classify` on 10,000 short texts over that on 500, each in a process of its own."""
-    peaks = {}
-    for count in (500, 10_000):
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.inference",
-            "--model",
-            model_folder,
-            "--peak_memory_of",
-            str(count),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[str(count)] = float(done.stdout.strip().splitlines()[-1])
+    """Peak memory of a process once it has classified 10,000 short texts over that once it has 500 of them."""
+    command = [sys.executable, "-m", "benchmarks.inference", "--model", model_folder, "--print_peak_memory"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peaks = json.loads(done.stdout.strip().splitlines()[-1])
     return {"ratio": peaks["10000"] / peaks["500"], "peak_mib": peaks}
 
 
-def print_peak_memory(model_folder: str, count: int) -> None:
-    """Classifies `count` short texts and prints the peak memory in MiB."""
-    model = load(model_folder)
-    model.classify([f"Claim {i}: drug {i % 97} lowers mortality." for i in range(count)])
-    print(peak_memory_mib())
+def print_peak_memory(model_folder: str) -> None:
+    """Classifies 500 short texts, then 10,000, and prints the peak memory in MiB after each."""
+    model, peaks = load(model_folder), {}
+    for count in (500, 10_000):
+        model.classify([f"Claim {i}: drug {i % 97} lowers mortality." for i in range(count)])
+        peaks[str(count)] = round(peak_memory_mib(), 1)
+    print(json.dumps(peaks))
 
 
 def compare_linear_layers(model: Any, texts: list[dict[str, str]], repeats: int) -> dict[str, Any]:
@@ -288,11 +280,11 @@ def main() -> None:
     parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", help=", ".join(COMPARISONS))
-    parser.add_argument("--peak_memory_of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--print_peak_memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    if arguments.peak_memory_of:
-        print_peak_memory(arguments.model, arguments.peak_memory_of)
+    if arguments.print_peak_memory:
+        print_peak_memory(arguments.model)
         return
     wanted = set(arguments.only or COMPARISONS)
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
