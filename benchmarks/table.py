@@ -171,7 +171,7 @@ def _missed_targets(ours: list[Row]) -> Iterator[str]:
                 yield f"no {name} yet; its target is {side} {limit:g}."
             elif value < limit if side == "at least" else value > limit:
                 chance = ours[0]["ece_by_chance"] if column == "ece_mean" else None
-                by_chance = "" if chance is None else f" ({chance:.3f} of it by chance, with so few rows)"
+                by_chance = "" if chance is None else f" (a perfectly calibrated model's: {chance:.3f})"
                 yield f"{name} is {value:.3f}{by_chance}; its target is {side} {limit:g}."
 
 

@@ -87,14 +87,7 @@ def training_arguments(folder: str, steps: int, rows_per_step: int, settings: di
     }
 
 
-def build_clsgen(
-    folder: str,
-    rows: list[dict],
-    model_arguments: tuple,
-    settings: dict,
-    steps: int,
-    per_step: int,
-):
+def build_clsgen(folder: str, rows: list[dict], model_arguments: tuple, settings: dict, steps: int, per_step: int):
     """Our trainer; `settings` may have `first_layer`, below which nothing trains."""
     model = clsgen_model(*model_arguments)
     settings = dict(settings)
