@@ -11,9 +11,10 @@ from datasets import Dataset, DatasetDict
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 
+from benchmarks.baselines import fine_tuning
 from benchmarks.baselines.__main__ import SYSTEMS, parse_options, system_class
 from benchmarks.baselines.cnn import TextCnn
-from benchmarks.baselines.fine_tuning import ClassificationOnly, SftOnly
+from benchmarks.baselines.fine_tuning import ClassificationOnly, SftOnly, TwoModels
 from benchmarks.baselines.prompting import first_difference, verbalised_probability
 from benchmarks.baselines.running import labelled, labels_of, run
 from clsgen.tasks import Task
@@ -40,6 +41,11 @@ def task():
 
     splits = DatasetDict(train=split("train", 40), validation=split("validation", 12), test=split("test", 16))
     return Task("my_own", PROMPT, ("no", "yes"), splits)
+
+
+@pytest.fixture(autouse=True)
+def fitted(tmp_path, monkeypatch):
+    monkeypatch.setattr(fine_tuning, "FITTED", tmp_path / "fitted")
 
 
 SMALL = {
@@ -124,6 +130,22 @@ def test_sft_learns_words_and_verdicts_alone_on_completions(task, backbones):
     trained = baseline.logits(rows)
     baseline._model = before
     assert not np.allclose(trained, baseline.logits(rows))
+
+
+def test_two_models_are_the_classifier_and_the_explainer_trained_once(task, backbones):
+    parts = {ClassificationOnly: {"epochs": 1, "lora_r": 2}, SftOnly: {"lora_first_layer": 0, "epochs": 1}}
+    alone = [part(task, 0, backbones["llama"], **options) for part, options in parts.items()]
+    both = TwoModels(
+        task, 0, backbones["llama"], **dict(zip(("classifier", "explainer"), parts.values(), strict=True))
+    )
+    assert [alone[0].fit(), alone[1].fit()] == list(both.fit().values())
+    rows = labelled(task, "test")
+    assert np.array_equal(both.logits(rows), alone[0].logits(rows))
+    written = alone[1].generate(alone[1].prompts(rows), [1] * len(rows))
+    assert both.explain(rows, [1] * len(rows)) == {"guided": written}
+    assert both.earlier_seconds > 0 == alone[0].earlier_seconds
+    other = SftOnly(task, 1, backbones["llama"], **parts[SftOnly])
+    assert other.fitted_folder() != alone[1].fitted_folder()
 
 
 def test_few_shot_examples_are_balanced_and_from_training(task, backbones):

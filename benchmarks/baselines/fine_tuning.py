@@ -1,13 +1,19 @@
 """The backbone, fine-tuned as one would without CLSGen: on words alone, on labels alone, and two copies for both."""
 
+import hashlib
+import json
+import logging
 import tempfile
+import time
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 from transformers import (
@@ -24,6 +30,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.baselines.running import Baseline, Row, labelled, labels_of
+from clsgen.atomic_io import write_json
 from clsgen.batching_clsgen import pad_left, token_batches
 from clsgen.evaluation.lm_scoring import answer_log_odds
 from clsgen.explaining_clsgen import NoRepeatBehindPrompt
@@ -31,6 +38,8 @@ from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
 from clsgen.train_sft_cls import ModelArguments, lora_config
 from clsgen.training_rows import encode_rows
 
+logger = logging.getLogger(__name__)
+FITTED = Path("outputs") / "baselines"
 NO_REPEAT_NGRAM_SIZE = 6  # as CLSGen's checkpoints
 MAX_BATCH_TOKENS = 8192
 COMMON = {
@@ -39,7 +48,44 @@ COMMON = {
 
 
 class _FineTuned(Baseline):
-    """LoRA on all linear layers from `lora_first_layer` on; prompts are CLSGen's."""
+    """LoRA on all linear layers from `lora_first_layer` on; prompts are CLSGen's.
+
+    The adapter is kept below `outputs/baselines`: whoever asks again for the same training gets it from there.
+    """
+
+    name: ClassVar[str]
+
+    def fit(self) -> dict[str, Any]:
+        self._encoder = self.encoder()
+        model, folder = self.base_model(), self.fitted_folder()
+        record = folder / "fitted.json"
+        if record.is_file():
+            logger.info("%s: trained before, see %s", self.name, folder)
+            model, found = PeftModel.from_pretrained(model, folder), json.loads(record.read_text(encoding="utf-8"))
+            self.earlier_seconds = found["seconds"]
+        else:
+            start = time.perf_counter()
+            model, chosen = self.train(model)
+            found = {"chosen": chosen, "seconds": time.perf_counter() - start}
+            model.save_pretrained(folder)
+            write_json(record, found)
+        self._model = model.merge_and_unload().eval()
+        return found["chosen"]
+
+    @abstractmethod
+    def base_model(self) -> PreTrainedModel:
+        """The backbone as it is before training."""
+
+    @abstractmethod
+    def train(self, model: PreTrainedModel) -> tuple[PeftModel, dict[str, Any]]:
+        """Trains an adapter of the base model; returns it there, and what was found on the way."""
+
+    def fitted_folder(self) -> Path:
+        """Where the adapter lies; another for whatever makes another."""
+        rows = [labelled(self.task, split) for split in ("train", "validation")]
+        made_of = json.dumps([self.task.prompt, rows, self.backbone, self.seed, self.settings], sort_keys=True)
+        digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+        return FITTED / self.task.name / f"{self.name}-{digest}"
 
     def encoder(self) -> PromptEncoder:
         tokenizer = AutoTokenizer.from_pretrained(self.backbone)
@@ -78,17 +124,19 @@ class SftOnly(_FineTuned):
     explanation teaches the verdict line alone.
     """
 
+    name = "sft-only"
     options = {  # noqa: RUF012
         **COMMON, "epochs": 2, "learning_rate": 1e-3, "lora_first_layer": 18, "max_explanation_length": 128,
     }  # fmt: skip
 
-    def fit(self) -> dict[str, Any]:
-        self._encoder = self.encoder()
+    def base_model(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.backbone, dtype=torch.float32)
+
+    def train(self, model: PreTrainedModel) -> tuple[PeftModel, dict[str, Any]]:
         rows = [{**row, "explanation": row["explanation"] or " "} for row in labelled(self.task, "train")]
         encoded = encode_rows(
             Dataset.from_list(rows), self._encoder, self.settings["max_explanation_length"], guided=True
         )
-        model = AutoModelForCausalLM.from_pretrained(self.backbone, dtype=torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             arguments = SFTConfig(
                 **self.training(folder), max_length=None, save_strategy="no", activation_checkpointing=False
@@ -101,8 +149,7 @@ class SftOnly(_FineTuned):
                 peft_config=self.lora(model, "CAUSAL_LM"),
             )
             outcome = trainer.train()
-        self._model = trainer.model.merge_and_unload().eval()
-        return {"train_loss": outcome.training_loss, "steps": outcome.global_step}
+        return trainer.model, {"train_loss": outcome.training_loss, "steps": outcome.global_step}
 
     def logits(self, rows: Sequence[Row]) -> np.ndarray:
         answers = (self._encoder.encode_verdict(0), self._encoder.encode_verdict(1))
@@ -148,16 +195,20 @@ def _auroc(evaluated: EvalPrediction) -> dict[str, float]:
 class ClassificationOnly(_FineTuned):
     """`AutoModelForSequenceClassification` with LoRA; the epoch is that of the best validation AUROC."""
 
+    name = "classification-only"
     options = {**COMMON, "epochs": 3, "learning_rate": 2e-4}  # noqa: RUF012
 
-    def fit(self) -> dict[str, Any]:
-        self._encoder = self.encoder()
+    def base_model(self) -> PreTrainedModel:
         tokenizer = self._encoder.tokenizer
         model = AutoModelForSequenceClassification.from_pretrained(self.backbone, num_labels=2, dtype=torch.float32)
         # The head reads the last token that is not padding; a prompt's last is the template's, never this one.
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         tokenizer.padding_side = "right"
         model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    def train(self, model: PreTrainedModel) -> tuple[PeftModel, dict[str, Any]]:
+        tokenizer = self._encoder.tokenizer
         model = get_peft_model(model, self.lora(model, "SEQ_CLS"))
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -178,9 +229,9 @@ class ClassificationOnly(_FineTuned):
                 compute_metrics=_auroc,
             )
             outcome = trainer.train()
-        self._model = model.merge_and_unload().eval()
         aurocs = [entry["eval_auroc"] for entry in trainer.state.log_history if "eval_auroc" in entry]
-        return {"train_loss": outcome.training_loss, "steps": outcome.global_step, "validation_aurocs": aurocs}
+        found = {"train_loss": outcome.training_loss, "steps": outcome.global_step, "validation_aurocs": aurocs}
+        return model, found
 
     def _encoded(self, rows: Sequence[Row]) -> Dataset:
         return Dataset.from_dict({"input_ids": self.prompts(rows), "labels": labels_of(rows)})
@@ -214,7 +265,9 @@ class TwoModels(Baseline):
         arguments = (self.task, self.seed, self.backbone)
         self._classifier = ClassificationOnly(*arguments, **self.settings["classifier"])
         self._explainer = SftOnly(*arguments, **self.settings["explainer"])
-        return {"classifier": self._classifier.fit(), "explainer": self._explainer.fit()}
+        found = {"classifier": self._classifier.fit(), "explainer": self._explainer.fit()}
+        self.earlier_seconds = self._classifier.earlier_seconds + self._explainer.earlier_seconds
+        return found
 
     def logits(self, rows: Sequence[Row]) -> np.ndarray:
         return self._classifier.logits(rows)
