@@ -19,9 +19,10 @@ from clsgen.evaluation.alignment import alignment_report
 from clsgen.evaluation.collapse import perplexity_report
 from clsgen.evaluation.evaluated import Evaluated, Section, number, spread
 from clsgen.evaluation.judges import DEFAULT_JUDGES, make_judge
-from clsgen.evaluation.number_sections import calibration, classification, comparison, thresholds
+from clsgen.evaluation.number_sections import calibration, classification, comparison, speed, thresholds
 from clsgen.evaluation.predictions import SCHEMA, labelled_texts, predict, read_predictions, table_rows
 from clsgen.evaluation.report import Report
+from clsgen.evaluation.speed import speed_report
 from clsgen.evaluation.thresholds import Target
 from clsgen.evaluation.word_sections import alignment, collapse, examples, language, leakage
 from clsgen.prompting_clsgen import TaskPrompt
@@ -42,6 +43,7 @@ SECTIONS: dict[str, Callable[[Evaluated], Section | None]] = {
     "language": language,
     "collapse": collapse,
     "examples": examples,
+    "speed": speed,
 }
 HEADLINE = {
     "auroc": "AUROC", "average_precision": "Average precision", "f1": "F1", "brier": "Brier score",
@@ -124,8 +126,8 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
 
     Returns:
         `dict`: What `metrics.json` holds: a section each of `classification`, `calibration`, `thresholds`, and where
-        asked for `comparison`, `alignment`, `leakage`, `language`, `collapse`, `examples`. An undefined value is None
-        with a `reason` beside it.
+        asked for `comparison`, `alignment`, `leakage`, `language`, `collapse`, `examples`; and `speed`. An undefined
+        value is None with a `reason` beside it.
 
     Raises:
         ValueError, OSError: for arguments, a task, texts or files that can't be used.
@@ -141,6 +143,7 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     evaluated.targets = targets
     evaluated.compared = {name: _checked(name, frame, evaluated.numbers) for name, frame in compared.items()}
     _judge(evaluated, task, arguments)
+    evaluated.speed = speed_report(model, evaluated.rows.texts, next(iter(evaluated.explained), None))
     write_rows(output_dir / "predictions.parquet", table_rows(list(evaluated.modes.values())), SCHEMA)
     if arguments.backbone:
         logger.info("Perplexity, the model's and that of %s", arguments.backbone)

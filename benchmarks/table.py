@@ -93,6 +93,11 @@ def _train_seconds(run: dict[str, Any]) -> float | None:
     return find(run, "wall_seconds") if seconds is None else seconds
 
 
+def _texts_per_second(run: dict[str, Any]) -> float | None:
+    rate = find(run, "texts_per_second")
+    return find(run, "speed", "texts_per_second") if rate is None else rate
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """The mean over runs; `None` where a run lacks the number, for a mean over others would be of something else."""
     values = list(values)
@@ -130,7 +135,7 @@ def system_rows(task: str, folder: Path, name: str | None = None) -> list[Row]:
     common["perplexity_general_ratio"] = mean(find(run, "collapse", "general", "ratio") for run in runs)
     common["ece_by_chance"] = mean(find(run, "ece_by_chance") for run in runs)
     common["train_seconds"] = mean(_train_seconds(run) for run in runs)
-    common["texts_per_second"] = mean(find(run, "texts_per_second") for run in runs)
+    common["texts_per_second"] = mean(_texts_per_second(run) for run in runs)
     parts = [part for run in runs for part in (run, run["evaluation"])]
     modes = [mode for mode in MODES if any(mode in part.get("alignment", {}) for part in parts)]
     return [{**common, "mode": mode, **words_of(runs, mode)} for mode in modes] or [{**common, "mode": ""}]

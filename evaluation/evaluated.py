@@ -29,6 +29,7 @@ class Evaluated:
         alignment (`dict`): By mode and judge, what [`alignment.alignment_report`] gives.
         unjudged (`str`): Why there is none.
         collapse (`dict`, *optional*): What [`collapse.perplexity_report`] gives.
+        speed (`dict`, *optional*): What [`speed.speed_report`] gives.
         examples (`int`): Most examples of a kind.
         samples, seed (`int`): Of the bootstrap.
     """
@@ -45,6 +46,7 @@ class Evaluated:
     alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
     unjudged: str = ""
     collapse: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
     examples: int = 3
     samples: int = SAMPLES
     seed: int = 0

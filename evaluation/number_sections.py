@@ -105,11 +105,12 @@ def calibration(evaluated: Evaluated) -> Section:
     for i, (name, frame) in enumerate(evaluated.others.items()):
         figures.append(Plot(f"reliability_other_{i}", f"Reliability on {name}", plots.reliability(*_arrays(frame))))
     columns = [
-        "data", "rows", "mean probability", "share of label 1", "calibration error", "of it by chance", "Brier score",
+        "data", "rows", "mean probability", "share of label 1", "calibration error", "of a perfect one", "Brier score",
         "AUROC",
     ]  # fmt: skip
     note = (
-        "Calibration error over bins of equal mass. Calibration holds for data like those it was fitted on; others "
+        "Calibration error over bins of equal mass, and the mean one of a model that is perfectly calibrated, on as "
+        "many rows with the same probabilities. Calibration holds for data like those it was fitted on; others "
         "need their own."
     )
     if not evaluated.others:
@@ -170,6 +171,19 @@ def comparison(evaluated: Evaluated) -> Section | None:
         "their number."
     )
     return Section(numbers, Part("Against other systems", [Table(["", "", "p"], rows, note)]))
+
+
+def speed(evaluated: Evaluated) -> Section | None:
+    """Answers a second."""
+    if evaluated.speed is None:
+        return None
+    found = evaluated.speed
+    rows = [["numbers alone", str(found["texts"]), number(found["texts_per_second"], 2)]]
+    if found["explanations"]:
+        rows.append(["with an explanation", str(found["explanations"]), number(found["explanations_per_second"], 2)])
+    on = f"{found['device']}, {found['threads']} threads" if found["device"] == "cpu" else found["device"]
+    note = f"One call each, {found['dtype']} on {on}; whatever else the machine did meanwhile is not taken off."
+    return Section(found, Part("Speed", [Table(["answers", "texts", "texts a second"], rows, note)]))
 
 
 def _p_value(test: dict[str, Any], name: str) -> str:

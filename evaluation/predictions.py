@@ -85,8 +85,7 @@ def labelled_texts(
             "The model reads %s, and %s has %s: its own template, filled in, is given as one text.",
             fields, task.name, task.fields,
         )  # fmt: skip
-        template = task.prompt["template"]
-        texts = [re.sub(r"\{(\w+)\}", lambda match, row=row: row[match.group(1)], template) for row in rows]
+        texts = [task.text_of(row) for row in rows]
     return LabelledTexts(
         name=f"{task.name}/{split}",
         ids=[row["id"] for row in rows],

@@ -142,6 +142,16 @@ def test_answers_of_another_model_are_not_used(checkpoint, task, tmp_path):
     evaluate(str(tmp_path / "other"), task, output, overwrite=True)
 
 
+def test_speed_is_measured_of_what_is_asked_for(checkpoint, task, tmp_path):
+    found = evaluate(checkpoint, task, tmp_path / "out", modes=["guided"])["speed"]
+    assert (found["texts"], found["explanations"], found["device"]) == (12, 8, "cpu")
+    assert found["texts_per_second"] > found["explanations_per_second"] > 0
+    assert "with an explanation" in (tmp_path / "out" / "report.md").read_text()
+    found = evaluate(checkpoint, task, tmp_path / "numbers", modes=["none"])["speed"]
+    assert (found["texts"], found["explanations"], found["explanations_per_second"]) == (12, 0, None)
+    assert "with an explanation" not in (tmp_path / "numbers" / "report.md").read_text()
+
+
 def test_also_on_other_data(checkpoint, model, task, tmp_path):
     other_rows = [{"id": str(i), "note": f"Note {i}.", "label": i % 2} for i in range(8)]
     splits = {"train": other_rows, "test": [{**row, "id": f"t{row['id']}"} for row in other_rows]}

@@ -1,0 +1,43 @@
+"""What an answer costs: texts a second on this machine."""
+
+import time
+from typing import Any
+
+import torch
+
+TEXTS = 64
+EXPLANATIONS = 8
+
+
+def speed_report(model: Any, texts: list[Any], mode: str | None = None) -> dict[str, Any]:
+    """Wall time of `classify`, and of `classify_and_explain`, in one call each after one on a single text.
+
+    Args:
+        model ([`ClsGenForCausalLMAndClassification`]): The model.
+        texts (`list[str | dict[str, str]]`): The first 64 are classified, the first 8 explained.
+        mode (`str`, *optional*): Of the explanations; without one none are written.
+
+    Returns:
+        `dict`: `texts_per_second`, `explanations_per_second` (or None), how many of each (`texts`, `explanations`),
+        `device`, `dtype` and `threads`.
+    """
+    calls = {"texts": lambda some: model.classify(some)}
+    if mode is not None:
+        calls["explanations"] = lambda some: model.classify_and_explain(some, mode=mode)
+    report: dict[str, Any] = {"explanations": 0, "explanations_per_second": None}
+    for what, most in (("texts", TEXTS), ("explanations", EXPLANATIONS)):
+        if what not in calls:
+            continue
+        some = texts[:most]
+        calls[what](some[:1])
+        start = time.perf_counter()
+        calls[what](some)  # answers come as numbers and strings: nothing is left running on a GPU
+        report |= {what: len(some), f"{what}_per_second": len(some) / (time.perf_counter() - start)}
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        **report,
+        "device": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
