@@ -83,9 +83,10 @@ def verdict_loss(
     lines: list[list[int]],
     num_decisions: torch.Tensor | int | None = None,
 ) -> torch.FloatTensor:
-    """Binary cross-entropy of the LM's own reading of the verdict, summed over explanations that begin with its line.
+    """Cross-entropy of the LM's own verdict, summed over explanations that begin with a verdict line.
 
-    The reading is the log-odds of the two tokens by which the lines of both labels first differ.
+    It is that of one token, by which the lines of both labels first differ, over the whole vocabulary: the odds of the
+    two alone could be learned while neither of them is likely.
 
     Args:
         logits (`torch.FloatTensor` of shape `(kept_positions, vocab_size)`): At [`supervised_positions`].
@@ -101,9 +102,7 @@ def verdict_loss(
     reads = F.pad(is_decision, (place, 0))[:, : labels.shape[1]] & kept
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     reads &= torch.isin(following, tokens)
-    odds = logits[reads[kept]].float()[:, tokens]
-    targets = (following[reads] == tokens[1]).to(odds.dtype)
-    total = F.binary_cross_entropy_with_logits(odds[:, 1] - odds[:, 0], targets, reduction="sum")
+    total = F.cross_entropy(logits[reads[kept]].float(), following[reads], reduction="sum")
     if num_decisions is None:
         num_decisions = is_decision.sum()
     return total / torch.as_tensor(num_decisions).clamp(min=1)

@@ -34,8 +34,8 @@ class ClsGenSFTConfig(SFTConfig):
 
     Args:
         lm_weight, cls_weight (`float`, *optional*, default to 1.0): Weights of the two losses.
-        verdict_weight (`float`, *optional*, defaults to 0.0): Weight of a third loss: binary cross-entropy of the LM's
-            own reading of the verdict (`lm_probability`), one token among dozens to the LM's loss.
+        verdict_weight (`float`, *optional*, defaults to 0.0): Weight of a third loss: cross-entropy of the LM's own
+            verdict (what `lm_probability` reads), one token among dozens to the LM's loss.
         pos_weight (`str`, *optional*, defaults to `"none"`): Weight of the positive class in the BCE loss: `"none"`,
             `"balanced"` (negatives / positives of the training rows) or a number. Undone at inference.
         cls_learning_rate (`float`, *optional*): Learning rate of the head; `learning_rate` by default.

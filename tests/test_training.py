@@ -146,8 +146,7 @@ def test_the_third_loss_is_that_of_the_lms_own_verdict(model, task_rows, tmp_pat
         shared = next(i for i, (one, other) in enumerate(zip(*lines, strict=False)) if one != other)
         with torch.no_grad():
             logits = model(torch.tensor([prompt + lines[0][:shared]])).logits[0, -1]
-        chosen = logits[[line[shared] for line in lines]].log_softmax(dim=0)
-        expected.append(-chosen[int(row["label"])].item())
+        expected.append(-logits.log_softmax(dim=0)[lines[int(row["label"])][shared]].item())
     assert 0 < len(expected) < len(labelled)
     assert metrics["eval_verdict_loss"] == pytest.approx(sum(expected) / len(labelled), rel=1e-4)
     whole = metrics["eval_lm_loss"] + metrics["eval_cls_loss"] + 2 * metrics["eval_verdict_loss"]
