@@ -21,11 +21,13 @@ from clsgen.table_files import read_rows, write_rows
 logger = logging.getLogger("benchmarks.table")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAPER = Path(__file__).resolve().parent / "paper.csv"
+TRIED = Path(__file__).resolve().parent / "tried.csv"
 TASKS = ("trial_claims", "clinifact", "clinifact_evidence")
 CHANCE_DRAWS = 2000
 JUDGE = "tfidf"
 MODES = ("free", "guided")
 PER_MODE = ("auroc_alignment_mean", "kappa_mean", "rep4")
+OF_WORDS = (*PER_MODE, "perplexity_general_ratio")
 COLUMNS = (
     "task", "system", "mode", "seeds", "auroc_mean", "auroc_std", "average_precision_mean", "f1_mean", "brier_mean",
     "ece_mean", "ece_by_chance", "auroc_alignment_mean", "kappa_mean", "contradiction_rate", "flesch_reading_ease",
@@ -136,6 +138,7 @@ def system_rows(task: str, folder: Path, name: str | None = None) -> list[Row]:
     common["ece_by_chance"] = mean(find(run, "ece_by_chance") for run in runs)
     common["train_seconds"] = mean(_train_seconds(run) for run in runs)
     common["texts_per_second"] = mean(_texts_per_second(run) for run in runs)
+    common["explained"] = mean(find(run, "train_rows", "explained") for run in runs)
     parts = [part for run in runs for part in (run, run["evaluation"])]
     modes = [mode for mode in MODES if any(mode in part.get("alignment", {}) for part in parts)]
     return [{**common, "mode": mode, **words_of(runs, mode)} for mode in modes] or [{**common, "mode": ""}]
@@ -153,18 +156,29 @@ def words_of(runs: list[dict[str, Any]], mode: str) -> Row:
     return {column: mean(find(run, *keys) for run in runs) for column, keys in places.items()}
 
 
-def shortfalls(rows: list[Row]) -> list[str]:
-    """Where CLSGen's rows miss their targets, each in a sentence; a number that is missing is said to be."""
+def shortfalls(rows: list[Row], tried: Iterable[dict[str, str]] = ()) -> list[str]:
+    """Where CLSGen's rows miss their targets, each in a sentence; a number that is missing is said to be.
+
+    Args:
+        rows: As [`table_rows`] gives them.
+        tried: What was tried against it: `task`, `target` (as the sentence names it) and `tried`.
+    """
+    attempts = {(row["task"], row["target"]): f" Tried: {row['tried']}" for row in tried}
     found = []
-    for place in dict.fromkeys((row["task"], row["system"]) for row in rows if is_clsgen(row)):
-        ours = [row for row in rows if (row["task"], row["system"]) == place]
-        for sentence in (*_missed_targets(ours), *_stronger_rivals(ours[0], rows)):
-            found.append(f"{', '.join(place)}: {sentence}")
+    for task, system in dict.fromkeys((row["task"], row["system"]) for row in rows if is_clsgen(row)):
+        ours = [row for row in rows if (row["task"], row["system"]) == (task, system)]
+        for target, sentence in (*_missed_targets(ours), *_stronger_rivals(ours[0], rows)):
+            found.append(f"{task}, {system}: {sentence}{attempts.get((task, target), '')}")
     return found
 
 
-def _missed_targets(ours: list[Row]) -> Iterator[str]:
+def _missed_targets(ours: list[Row]) -> Iterator[tuple[str, str]]:
+    wordless = ours[0]["explained"] == 0
+    if wordless:
+        yield "explanations", "its training rows have no explanations, so it learned no words to be judged."
     for mode, column, side, limit in TARGETS:
+        if wordless and column in OF_WORDS:
+            continue
         values = {row["mode"]: row[column] for row in ours if mode in ("", row["mode"])} or {mode: None}
         told = set()
         for of_mode, value in values.items():
@@ -173,14 +187,14 @@ def _missed_targets(ours: list[Row]) -> Iterator[str]:
                 continue
             told.add(name)
             if value is None:
-                yield f"no {name} yet; its target is {side} {limit:g}."
+                yield name, f"no {name} yet; its target is {side} {limit:g}."
             elif value < limit if side == "at least" else value > limit:
                 chance = ours[0]["ece_by_chance"] if column == "ece_mean" else None
                 by_chance = "" if chance is None else f" (a perfectly calibrated model's: {chance:.3f})"
-                yield f"{name} is {value:.3f}{by_chance}; its target is {side} {limit:g}."
+                yield name, f"{name} is {value:.3f}{by_chance}; its target is {side} {limit:g}."
 
 
-def _stronger_rivals(ours: Row, rows: list[Row]) -> Iterator[str]:
+def _stronger_rivals(ours: Row, rows: list[Row]) -> Iterator[tuple[str, str]]:
     aurocs = {
         row["system"]: row["auroc_mean"]
         for row in rows
@@ -188,7 +202,7 @@ def _stronger_rivals(ours: Row, rows: list[Row]) -> Iterator[str]:
     }
     for rival, auroc in aurocs.items():
         if None not in (auroc, ours["auroc_mean"]) and auroc > ours["auroc_mean"]:
-            yield f"AUROC {ours['auroc_mean']:.3f} is below the {auroc:.3f} of {rival}."
+            yield "auroc_mean", f"AUROC {ours['auroc_mean']:.3f} is below the {auroc:.3f} of {rival}."
 
 
 def cell(value: Any, digits: int = 3) -> str:
@@ -214,7 +228,7 @@ def markdown(rows: list[Row]) -> str:
         "",
         "## Where CLSGen falls short of its targets",
         "",
-        *[f"- {sentence}" for sentence in shortfalls(rows)],
+        *[f"- {sentence}" for sentence in shortfalls(rows, read_rows(TRIED))],
         "",
         "## The paper's numbers",
         "",

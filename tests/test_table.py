@@ -76,6 +76,25 @@ def test_shortfalls_are_said(results):
     ]
 
 
+def test_shortfalls_tell_what_was_tried(results):
+    tried = [
+        {"task": "my", "target": "kappa_mean (guided)", "tried": "more rows."},
+        {"task": "other", "target": "auroc_mean", "tried": "nothing."},
+    ]
+    plain, told = (shortfalls(table_rows(results, ["my"]), known) for known in ((), tried))
+    changed = [(one, other) for one, other in zip(plain, told, strict=True) if one != other]
+    assert changed == [(one, f"{one} Tried: more rows.") for one in plain if "kappa_mean (guided)" in one]
+    assert len(changed) == 1
+
+
+def test_a_task_without_explanations_has_no_words_to_judge(results):
+    write_json(results / "my/small/metrics.json", run(0.95, train_rows={"explained": 0}))
+    (results / "my/small/evaluation/metrics.json").unlink()
+    assert shortfalls(table_rows(results, ["my"])) == [
+        "my, clsgen-small: its training rows have no explanations, so it learned no words to be judged."
+    ]
+
+
 def test_paper_is_apart(results):
     ours, _, paper = markdown(table_rows(results, ["my"])).partition("## The paper's numbers")
     assert "Llama" not in ours
