@@ -23,7 +23,7 @@ ABLATIONS = {
     "no-bce": ["--cls_weight", "0"],
     "lm-weight-0.5": ["--lm_weight", "0.5"],
     "lm-weight-2": ["--lm_weight", "2"],
-    "verdict-weight-1": ["--verdict_weight", "1"],
+    "verdict-weight-0.3": ["--verdict_weight", "0.3", "--learning_rate", "5e-4", "--num_train_epochs", "5"],
     "no-verdict-line": ["--explanation_mode", "free"],
     "no-warm-start": ["--warm_start", "false"],
     "decision-token": ["--cls_reads", "18:decision"],
