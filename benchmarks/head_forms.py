@@ -1,11 +1,11 @@
 """What the head of a task should read, and which labels its probe should be fitted to: writes `head_forms.json`.
 
 python -m benchmarks.head_forms --task clinifact --data_dir CliniFact --results_dir results/clinifact \\
-    --answers data/clinifact/explanations.jsonl --answers_id "{nctId}-{PMID}-{index}"
+    --trial_ids_end - --answers data/clinifact/explanations.jsonl --answers_id "{nctId}-{PMID}-{index}"
 
 Probes of the frozen backbone, linear or with a hidden layer (`mlp`), by 5-fold cross-validation on train and
-validation together (AUROC; also with the rows of a trial in one fold, where ids begin with a trial), and fitted on
-train alone, by AUROC on validation. The test split is not read. Labels are gold, or mixed with a teacher's probability
+validation together (AUROC; with `--trial_ids_end` also with the rows of a trial in one fold), and fitted on train
+alone, by AUROC on validation. The test split is not read. Labels are gold, or mixed with a teacher's probability
 (`teacher_share`), where there is one.
 """
 
@@ -133,18 +133,23 @@ def teacher_probabilities(ids: np.ndarray, task: Task, answers: Path | None, ans
 
 
 def score(
-    data: dict[str, np.ndarray], teacher: np.ndarray, reads: list[Read], shares: tuple[float, ...]
+    data: dict[str, np.ndarray],
+    teacher: np.ndarray,
+    reads: list[Read],
+    shares: tuple[float, ...],
+    trials: list[str] | None = None,
 ) -> list[dict[str, float]]:
-    """AUROC of the probes of one head form in the three ways of the module's docstring."""
+    """AUROC of the probes of one head form in the ways of the module's docstring; `trials` holds each row's."""
     x = np.concatenate([data[f"{layer}:{pooling}"] for layer, pooling in reads], axis=1)
     labels, is_train = data["labels"], data["is_train"]
-    trials = [row_id.split("-")[0] for row_id in data["ids"]]
     targets = {share: np.where(np.isnan(teacher), labels, (1 - share) * labels + share * teacher) for share in shares}
     ways = {
         "cv_auroc": list(StratifiedKFold(5, shuffle=True, random_state=0).split(x, labels)),
-        "cv_auroc_by_trial": list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, labels, trials)),
         "validation_auroc": [(np.flatnonzero(is_train), np.flatnonzero(~is_train))],
     }
+    if trials is not None:
+        apart = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+        ways["cv_auroc_by_trial"] = list(apart.split(x, labels, trials))
     rows = {key: {"teacher_share": key[0], "probe": key[1]} for key in product(shares, probes())}
     for name, folds in ways.items():
         scores = {key: np.full(len(labels), np.nan) for key in rows}
@@ -165,6 +170,7 @@ def main() -> None:
     parser.add_argument("--templates", nargs="*", help="Templates besides the task's own.")
     parser.add_argument("--answers", type=Path, help="A teacher's, see build_explanations.py.")
     parser.add_argument("--answers_id", default="{id}", help="The row's id, from their columns.")
+    parser.add_argument("--trial_ids_end", help="What ends the trial at the beginning of each row's id.")
     parser.add_argument("--max_prompt_length", type=int, default=512)
     parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--results_dir", required=True)
@@ -178,9 +184,12 @@ def main() -> None:
             Path("outputs/head_forms"), task, arguments.backbone, template, arguments.max_prompt_length
         )
         teacher = teacher_probabilities(data["ids"], task, arguments.answers, arguments.answers_id)
+        end = arguments.trial_ids_end
+        trials = [row_id.split(end)[0] for row_id in data["ids"]] if end else None
         shares = TEACHER_SHARES if np.isfinite(teacher).any() else (0.0,)
         for name, reads in tqdm(FORMS.items(), desc="Fitting probes", unit="form"):
-            rows += [{"template": template, "reads": name, **row} for row in score(data, teacher, reads, shares)]
+            scored = score(data, teacher, reads, shares, trials)
+            rows += [{"template": template, "reads": name, **row} for row in scored]
         report = {
             **describe_run(),
             "task": task.name,

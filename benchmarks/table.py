@@ -4,7 +4,8 @@ python -m benchmarks.table
 
 A run is `results/<task>/<system>/metrics.json`, or one `seed-N/metrics.json` a seed; ablations lie one folder deeper.
 What `evaluate_clsgen.py` says of a checkpoint's words is read from `evaluation/metrics.json` beside it
-(`--output_dir`). A cell without a number in some file is empty.
+(`--output_dir`). A cell without a number in some file is empty. `benchmarks/tried.csv` says what was tried against a
+shortfall.
 """
 
 import json
