@@ -22,6 +22,7 @@ def results(tmp_path):
         "alignment": {"free": {"tfidf": words}, "guided": {"tfidf": {**words, "kappa": None}}},
         "language": {"free": {"flesch_reading_ease": 40.0, "rep4": 0.01}, "guided": {"rep4": 0.03}},
         "collapse": {"general": {"ratio": 1.05}},
+        "speed": {"texts_per_second": 3.0},
     }
     for seed, auroc in enumerate((0.70, 0.74, 0.72)):
         write_json(tmp_path / f"my/cnn/seed-{seed}/metrics.json", run(auroc, system="cnn", train_seconds=seed))
@@ -46,7 +47,7 @@ def test_rows(results):
     assert (tfidf["auroc_std"], tfidf["train_seconds"], tfidf["texts_per_second"]) == (None, None, 10.0)
     assert (free["kappa_mean"], free["rep4"], free["perplexity_general_ratio"]) == (0.8, 0.01, 1.05)
     assert (guided["kappa_mean"], guided["flesch_reading_ease"], guided["rep4"]) == (None, None, 0.03)
-    assert free["train_seconds"] == 7.0
+    assert (free["train_seconds"], free["texts_per_second"]) == (7.0, 3.0)
 
 
 def test_a_seed_without_a_number_leaves_the_mean_empty(results):
