@@ -24,7 +24,7 @@ from clsgen.evaluation.predictions import SCHEMA, labelled_texts, predict, read_
 from clsgen.evaluation.report import Report
 from clsgen.evaluation.speed import speed_report
 from clsgen.evaluation.thresholds import Target
-from clsgen.evaluation.word_sections import alignment, collapse, examples, language, leakage
+from clsgen.evaluation.word_sections import alignment, collapse, examples, language, leakage, second_reading
 from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.run_record import describe_run
 from clsgen.table_files import write_rows
@@ -39,6 +39,7 @@ SECTIONS: dict[str, Callable[[Evaluated], Section | None]] = {
     "thresholds": thresholds,
     "comparison": comparison,
     "alignment": alignment,
+    "second_reading": second_reading,
     "leakage": leakage,
     "language": language,
     "collapse": collapse,
@@ -125,9 +126,9 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
         argv (`list[str]`, *optional*): The command line, for the record.
 
     Returns:
-        `dict`: What `metrics.json` holds: a section each of `classification`, `calibration`, `thresholds`, and where
-        asked for `comparison`, `alignment`, `leakage`, `language`, `collapse`, `examples`; and `speed`. An undefined
-        value is None with a `reason` beside it.
+        `dict`: What `metrics.json` holds: a section each of `classification`, `calibration`, `thresholds`, `speed`,
+        and where asked for `comparison`, `alignment`, `second_reading`, `leakage`, `language`, `collapse`, `examples`.
+        An undefined value is None with a `reason` beside it.
 
     Raises:
         ValueError, OSError: for arguments, a task, texts or files that can't be used.

@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer
 
 from clsgen.classification_metrics import check_labels, check_probabilities
+from clsgen.evaluation.intervals import SAMPLES, metrics_with_intervals, share, undefined
 from clsgen.evaluation.judges import TOKEN, Judge
 
 COLUMNS = ("probability", "predicted", "explanation", "gold")
@@ -120,6 +121,45 @@ def _against_gold(gold: pd.Series, answers: pd.Series) -> dict[str, Any]:
         reasons = {"words_auroc": f"all judged rows have the gold label {gold[0]}"}
         return {"words_auroc": math.nan, "words_accuracy": accuracy, "undefined": reasons}
     return {"words_auroc": float(roc_auc_score(gold, answers)), "words_accuracy": accuracy, "undefined": {}}
+
+
+def second_reading_report(
+    rows: pd.DataFrame, threshold: float, samples: int = SAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """What the LM's own reading of the verdict is worth, and whether its distance from the number points to errors.
+
+    Args:
+        rows (`pandas.DataFrame`): `gold`, `predicted`, `probability` and `lm_probability`, of guided explanations.
+        threshold (`float`): The model's.
+        samples, seed (`int`): Of the bootstrap.
+
+    Returns:
+        `dict` of estimates (see [`intervals.metrics_with_intervals`]):
+
+        - `auroc`: of `lm_probability` for the gold label.
+        - `agreement`: share of rows where it lies on the decision's side of 0.5.
+        - `errors_where_agreed`, `errors_where_not`: share of wrong decisions among these rows, and among the others.
+        - `auroc_of_distance`: how well `|probability - lm_probability|` tells wrong decisions from right ones; and
+          `auroc_of_closeness`: how well the probability's closeness to the threshold does.
+    """
+    wrong = (rows["predicted"] != rows["gold"]).to_numpy()
+    agreed = ((rows["lm_probability"] >= 0.5) == (rows["predicted"] == 1)).to_numpy()
+    found = {
+        "auroc": metrics_with_intervals(rows["gold"], rows["lm_probability"], 0.5, samples, seed)["auroc"],
+        "agreement": share(int(agreed.sum()), len(rows), "rows"),
+        "errors_where_agreed": share(int(wrong[agreed].sum()), int(agreed.sum()), "row where both agree"),
+        "errors_where_not": share(int(wrong[~agreed].sum()), int((~agreed).sum()), "row where they differ"),
+    }
+    signs = {
+        "auroc_of_distance": (rows["probability"] - rows["lm_probability"]).abs(),
+        "auroc_of_closeness": 1 - (rows["probability"] - threshold).abs(),
+    }
+    for name, sign in signs.items():
+        if wrong.all() or not wrong.any():
+            found[name] = undefined("no wrong decision" if not wrong.any() else "no right decision")
+        else:
+            found[name] = metrics_with_intervals(wrong, sign, 0.5, samples, seed)["auroc"]
+    return found
 
 
 def leakage_report(rows: pd.DataFrame, texts: Sequence[str], seed: int = 0) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clsgen.evaluation.alignment import leakage_report
+from clsgen.evaluation.alignment import leakage_report, second_reading_report
 from clsgen.evaluation.evaluated import Evaluated, Section, number, shown
 from clsgen.evaluation.intervals import agreement_with_intervals
 from clsgen.evaluation.language import language_report
@@ -56,6 +56,28 @@ def alignment(evaluated: Evaluated) -> Section | None:
         for judge in sorted(unfit)
     ]
     return Section(numbers, Part(title, [*blocks, Table(columns, rows, note)]))
+
+
+def second_reading(evaluated: Evaluated) -> Section | None:
+    """Whether the LM's own reading of the verdict knows anything."""
+    frame = evaluated.modes.get("guided")
+    if frame is None:
+        return None
+    report = second_reading_report(frame, evaluated.threshold, evaluated.samples, evaluated.seed)
+    names = {
+        "auroc": "AUROC of the LM's own reading for the true label",
+        "agreement": "it is on the decision's side",
+        "errors_where_agreed": "wrong decisions where it is",
+        "errors_where_not": "wrong decisions where it is not",
+        "auroc_of_distance": "AUROC of its distance from the number for wrong decisions",
+        "auroc_of_closeness": "AUROC of the number's closeness to the threshold for wrong decisions",
+    }
+    note = (
+        "`lm_probability` is how likely the LM itself finds the verdict of label 1. Where its distance from the "
+        "number does not tell wrong decisions from right ones (AUROC of 0.5 or less), a disagreement means nothing."
+    )
+    rows = [[name, shown(report[key])] for key, name in names.items()]
+    return Section(report, Part("What the LM's own reading is worth", [Table(["", ""], rows, note)]))
 
 
 def leakage(evaluated: Evaluated) -> Section | None:

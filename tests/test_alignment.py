@@ -19,6 +19,7 @@ from clsgen.evaluation.alignment import (
     alignment_report,
     leakage_adjusted_simulatability,
     leakage_report,
+    second_reading_report,
 )
 from clsgen.evaluation.judges import (
     Judge,
@@ -342,3 +343,25 @@ class TestLeakage:
             assert {"predicted", "gold", "las"} <= set(found["undefined"])
         with pytest.raises(ValueError, match="a text a row"):
             leakage_report(rows_of(["good"], [1]), [])
+
+
+def test_what_a_second_reading_is_worth():
+    rows = pd.DataFrame(
+        {
+            "gold": [1, 1, 0, 0, 1, 0],
+            "predicted": [1, 1, 0, 0, 0, 1],
+            "probability": [0.9, 0.7, 0.1, 0.3, 0.4, 0.6],
+            "lm_probability": [0.8, 0.6, 0.2, 0.6, 0.9, 0.3],
+        }
+    )
+    found = second_reading_report(rows, 0.5, samples=200)
+    assert found["auroc"]["value"] == pytest.approx(roc_auc_score(rows["gold"], rows["lm_probability"]))
+    assert found["agreement"]["value"] == 0.5  # the first three
+    assert found["errors_where_agreed"]["value"] == 0.0
+    assert found["errors_where_not"]["value"] == pytest.approx(2 / 3)  # but for the fourth
+    # Distances of the wrong: 0.5 and 0.3; of the right: 0.1, 0.1, 0.1 and 0.3, so that one of eight pairs is a tie.
+    assert found["auroc_of_distance"]["value"] == pytest.approx(7.5 / 8)
+    assert found["auroc_of_closeness"]["value"] == 1.0
+    flawless = second_reading_report(rows[:3], 0.5, samples=200)
+    assert flawless["errors_where_not"]["reason"] == "no row where they differ"
+    assert flawless["auroc_of_distance"]["reason"] == "no wrong decision"

@@ -98,10 +98,15 @@ def test_numbers_and_files(checkpoint, model, task, tmp_path):
         "calibration",
         "thresholds",
         "alignment",
+        "second_reading",
         "leakage",
         "language",
         "examples",
     }
+    guided = found[found["mode"] == "guided"]
+    assert written["second_reading"]["auroc"]["value"] == pytest.approx(
+        roc_auc_score(guided["gold"], guided["lm_probability"])
+    )
     assert set(written["alignment"]) == set(written["language"]) == {"guided", "free"}
     assert set(metrics["calibration"]) == {"validation (calibrated on it)", "tiny/test (not seen)"}
     markdown = (output / "report.md").read_text()
