@@ -60,7 +60,7 @@ class Prediction:
 
     @property
     def disagreement(self) -> float | None:
-        """Distance of the LM's own reading from the head's, in [0, 1]: far apart, look closer."""
+        """Distance of the LM's own reading from the head's, in [0, 1]; an evaluation tells if it points to errors."""
         return None if self.lm_probability is None else abs(self.probability - self.lm_probability)
 
     @property

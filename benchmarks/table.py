@@ -222,7 +222,8 @@ def markdown(rows: list[Row]) -> str:
         "it again. Test splits; mean over seeds (`auroc_std`: sample standard deviation). An empty cell has not been "
         "measured, or is undefined. `ece_by_chance` is the mean calibration error that a perfectly calibrated model "
         "with these probabilities shows on so few rows (Bröcker and Smith, 2007). Alignment is by the judge "
-        f"`{JUDGE}`. `train_seconds` is wall time on two shared CPU cores; for `clsgen-*` it takes in evaluation too.",
+        f"`{JUDGE}`. `train_seconds` and `texts_per_second` are wall time on one or two CPU cores, often beside other "
+        "work: orders of magnitude. For `clsgen-*` and ablations, `train_seconds` takes in scoring the test split.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
