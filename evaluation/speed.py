@@ -1,6 +1,7 @@
 """What an answer costs: texts a second on this machine."""
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,17 +22,15 @@ def speed_report(model: Any, texts: list[Any], mode: str | None = None) -> dict[
         `dict`: `texts_per_second`, `explanations_per_second` (or None), how many of each (`texts`, `explanations`),
         `device`, `dtype` and `threads`.
     """
-    calls = {"texts": lambda some: model.classify(some)}
+    calls = {"texts": (TEXTS, model.classify)}
     if mode is not None:
-        calls["explanations"] = lambda some: model.classify_and_explain(some, mode=mode)
+        calls["explanations"] = (EXPLANATIONS, partial(model.classify_and_explain, mode=mode))
     report: dict[str, Any] = {"explanations": 0, "explanations_per_second": None}
-    for what, most in (("texts", TEXTS), ("explanations", EXPLANATIONS)):
-        if what not in calls:
-            continue
+    for what, (most, answer) in calls.items():
         some = texts[:most]
-        calls[what](some[:1])
+        answer(some[:1])
         start = time.perf_counter()
-        calls[what](some)  # answers come as numbers and strings: nothing is left running on a GPU
+        answer(some)  # numbers and strings come back: nothing is left running on a GPU
         report |= {what: len(some), f"{what}_per_second": len(some) / (time.perf_counter() - start)}
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -50,7 +50,8 @@ COMMON = {
 class _FineTuned(Baseline):
     """LoRA on all linear layers from `lora_first_layer` on; prompts are CLSGen's.
 
-    The adapter is kept below `outputs/baselines`: whoever asks again for the same training gets it from there.
+    The adapter is kept below `outputs/baselines`: whoever asks again for the same training gets it from there. After a
+    change of this code, remove the folder.
     """
 
     name: ClassVar[str]
