@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 from transformers import AutoModel, HfArgumentParser
 
 from clsgen.journal import Journal
-from clsgen.table_files import check_ending, read_columns, read_rows, write_rows
+from clsgen.table_files import check_ending, read_columns, read_rows, read_schema, write_rows
 
 logger = logging.getLogger("clsgen.predict_clsgen")
 COLUMNS = {
@@ -144,6 +143,7 @@ def predict_file(model: Any, arguments: PredictArguments) -> Counter:
     wanted = columns_to_read(model.encoder.prompt.fields, arguments)
     columns = read_columns(source)
     check_columns(wanted, columns, [field.name for field in added], arguments)
+    schema = pa.schema([*read_schema(source), *added]) if target.suffix == ".parquet" else None
     run = describe_run(arguments, FREE_TO_CHANGE) | {source.name: [source.stat().st_size, source.stat().st_mtime_ns]}
     journal_path = target.with_name(f".{target.name}.journal.jsonl")
     if arguments.overwrite:
@@ -162,9 +162,6 @@ def predict_file(model: Any, arguments: PredictArguments) -> Counter:
         while window := list(islice(rows, chunk)):
             journal.append(answer_rows(model, window, journal.count + 1, arguments))
             progress.update(len(window))
-    schema = None
-    if target.suffix == ".parquet" and source.suffix == ".parquet":
-        schema = pa.schema([*pq.read_schema(source), *added])
     counts = Counter()
     blank = {} if target.suffix == ".jsonl" else dict.fromkeys(columns)  # JSON lines may lack some
 

@@ -33,6 +33,45 @@ def read_columns(path: Path) -> list[str]:
     return list(dict.fromkeys(name for row in read_rows(path) for name in row))
 
 
+def read_schema(path: Path) -> pa.Schema:
+    """Columns and types of a whole table; cells of CSV are strings, and JSON lines are read through.
+
+    Raises:
+        ValueError: for a column that holds several types, naming file and column; as [`read_rows`].
+    """
+    if check_ending(path) == ".parquet":
+        return pq.read_schema(path)
+    if path.suffix == ".csv":
+        return pa.schema([(name, pa.string()) for name in read_columns(path)])
+    schema, rows = pa.schema([]), read_rows(path)
+    while chunk := list(islice(rows, _ROW_GROUP)):
+        schema = unify(str(path), schema, schema_of(str(path), chunk))
+    return schema
+
+
+def schema_of(what: str, rows: list[dict[str, Any]]) -> pa.Schema:
+    """Names and types of the rows' values; errors name types and never values, for values are texts."""
+    fields = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        try:
+            fields.append(pa.field(name, pa.array(values).type))
+        except (pa.ArrowException, OverflowError) as error:
+            kinds = sorted({type(value).__name__ for value in values if value is not None})
+            raise ValueError(
+                f"{what}: the column {name!r} holds {' and '.join(kinds)}, which no Parquet column can."
+            ) from error
+    return pa.schema(fields)
+
+
+def unify(what: str, *schemas: pa.Schema) -> pa.Schema:
+    """One schema for all: integers give way to floats and "no value" to any type; raises `ValueError` for others."""
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"{what}: the columns don't fit those of the rows before: {error}") from error
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a table, one by one; CSV cells stay strings.
 
@@ -87,7 +126,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema | N
     Args:
         path (`Path`): The file; its ending says the format.
         rows (`Iterable[dict]`): All with the same keys.
-        schema (`pyarrow.Schema`, *optional*): For Parquet; inferred from the first rows without.
+        schema (`pyarrow.Schema`, *optional*): For Parquet, which needs one.
     """
     ending = check_ending(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -116,10 +155,7 @@ def _write_json(file: Any, rows: Iterable[dict[str, Any]]) -> None:
         file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
-def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema | None) -> None:
-    first = list(islice(rows, _ROW_GROUP))
-    schema = schema or pa.Table.from_pylist(first).schema
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema) -> None:
     with pq.ParquetWriter(path, schema) as writer:
-        while first:
-            writer.write_table(pa.Table.from_pylist(first, schema=schema))
-            first = list(islice(rows, _ROW_GROUP))
+        while group := list(islice(rows, _ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))

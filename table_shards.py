@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 from tqdm.auto import tqdm
 
-from clsgen.table_files import check_ending, csv_rows, json_rows
+from clsgen.table_files import check_ending, csv_rows, json_rows, schema_of, unify
 
 
 @dataclass(frozen=True)
@@ -153,18 +153,12 @@ def _cut_text(
         rows = _text_rows(file, stream)
         while chunk := list(islice(rows, rows_per_shard)):
             shards.append(Shard(file, first, len(chunk), offset))
-            schema = unify(f"{file.name}, rows {first + 1} to {first + len(chunk)}", schema, _schema_of(file, chunk))
+            schema = unify(
+                f"{file.name}, rows {first + 1} to {first + len(chunk)}", schema, schema_of(file.name, chunk)
+            )
             progress.update(stream.tell() - offset)
             first, offset = first + len(chunk), stream.tell()
     return schema, shards
-
-
-def unify(what: str, *schemas: pa.Schema) -> pa.Schema:
-    """One schema for all: integers give way to floats and "no value" to any type; raises `ValueError` for others."""
-    try:
-        return pa.unify_schemas(schemas, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise ValueError(f"{what}: the columns don't fit those of the rows before: {error}") from error
 
 
 def read_shard(filesystem: fs.FileSystem, shard: Shard, schema: pa.Schema) -> pa.Table:
@@ -238,18 +232,3 @@ def _text_rows(
     """Rows of CSV or JSON lines; after each, `stream.tell()` is where the next one starts."""
     lines = _decoded(file, stream, at_start)
     return csv_rows(file.name, lines, columns) if file.ending == ".csv" else json_rows(file.name, lines)
-
-
-def _schema_of(file: TableFile, rows: list[dict[str, Any]]) -> pa.Schema:
-    """Names and types of the rows' values; errors name types and never values, for values are texts."""
-    fields = []
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        try:
-            fields.append(pa.field(name, pa.array(values).type))
-        except (pa.ArrowException, OverflowError) as error:
-            kinds = sorted({type(value).__name__ for value in values if value is not None})
-            raise ValueError(
-                f"{file.name}: the column {name!r} holds {' and '.join(kinds)}, which no Parquet column can."
-            ) from error
-    return pa.schema(fields)

@@ -29,7 +29,7 @@ from benchmarks.inference import load, texts_of
 from benchmarks.measuring import describe_run
 from clsgen.atomic_io import write_json
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
-from clsgen.table_files import write_rows
+from clsgen.table_files import schema_of, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "scoring_ray.json"
@@ -75,7 +75,7 @@ def measure(model: str, count: int, rows_per_part: int, texts: list[dict[str, st
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "in.parquet"
-        write_rows(source, islice(cycle(texts), count))
+        write_rows(source, islice(cycle(texts), count), schema_of("texts", texts))
         for name in ("predict_clsgen", "1 worker", "2 workers"):
             if name == "predict_clsgen":
                 found[name] = time_command("predict_clsgen.py", model, source, Path(folder) / "out.parquet")

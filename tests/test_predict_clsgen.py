@@ -68,6 +68,29 @@ def test_columns_that_only_some_json_lines_have_are_kept(folder, rows, tmp_path,
     assert [row.get("ward") or None for row in read_rows(target)] == [None, "B"]
 
 
+def test_what_comes_late_fits_into_parquet(folder, rows, tmp_path):
+    many = [{**rows[0], "id": str(i)} for i in range(1030)]
+    many[1025] |= {"claim": "", "ward": "B", "dose": 2.5}
+    many[0] |= {"dose": 1}
+    source, target = save(tmp_path / "in.jsonl", many), tmp_path / "out.parquet"
+    command = ["--model", folder, "--input", source, "--output", str(target), "--explain", "false"]
+    assert main([*command, "--on_error", "skip"]) == 0
+    answered = list(read_rows(target))
+    assert len(answered) == 1030
+    assert [(i, row["ward"], row["dose"]) for i, row in enumerate(answered) if row["clsgen_error"]] == [
+        (1025, "B", 2.5)
+    ]
+    assert answered[0]["dose"] == 1.0
+
+
+def test_a_column_that_parquet_can_not_hold_is_refused_before_any_row(folder, rows, tmp_path, caplog):
+    source = save(tmp_path / "in.jsonl", [{**rows[0], "ward": 1}, {**rows[1], "ward": "B"}])
+    assert main(["--model", folder, "--input", source, "--output", str(tmp_path / "out.parquet")]) == 1
+    assert "the column 'ward' holds int and str, which no Parquet column can" in caplog.text
+    assert [path.name for path in tmp_path.glob("*out*")] == []
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
 def test_a_bad_row_stops_the_run_or_is_written_with_its_error(folder, rows, tmp_path, caplog):
     caplog.set_level("INFO")
     rows[3]["claim"] = ""

@@ -19,7 +19,7 @@ from clsgen import predict_clsgen, score_ray
 from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.part_folder import COMPLETE, MANIFEST, PartFolder
 from clsgen.score_ray import ScoreArguments, Scorer
-from clsgen.table_files import read_rows, write_rows
+from clsgen.table_files import read_rows, schema_of, write_rows
 from clsgen.table_shards import cut_table, list_files
 
 REPORT = {"base_model": "tiny", "task": "tiny", "command": "c", "seed": 0, "train_rows": 1, "threshold_method": "f1"}
@@ -63,7 +63,7 @@ def score_here(*argv):
 def test_parts_hold_what_predict_writes(folder, rows, tmp_path, ending, explain):
     rows[5]["claim"] = " "
     source, target, expected = tmp_path / f"in{ending}", tmp_path / "out", tmp_path / "expected.parquet"
-    write_rows(source, rows)
+    write_rows(source, rows, schema_of("rows", rows))
     options = ["--on_error", "skip", "--explain", explain]
     assert predict_clsgen.main(command(folder, source, expected, *options)) == 0
     said, output = score_here(*command(folder, source, target, *options, "--rows_per_part", "4"))

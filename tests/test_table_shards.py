@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clsgen.table_files import read_rows, write_rows
+from clsgen.table_files import read_rows, schema_of, write_rows
 from clsgen.table_shards import cut_table, list_files, open_location, read_shard
 
 TEXTS = ["plain", 'says "no",\r\nthen; yes', "über ∑ 漢\u2028字", "", " a\tb ", "=1+1", "\ufeffmarked", "x" * 20_000]
@@ -28,7 +28,7 @@ def shards_of(folder, rows_per_shard=4, check=lambda file, columns: None):
 @pytest.mark.parametrize("rows_per_shard", [1, 4, 11, 100])
 def test_shards_hold_every_row_once_and_in_order(tmp_path, ending, rows_per_shard):
     path = tmp_path / f"in{ending}"
-    write_rows(path, rows(11))
+    write_rows(path, rows(11), schema_of("rows", rows(11)))
     if ending == ".parquet":
         pq.write_table(pq.read_table(path), path, row_group_size=3)
     _, shards, tables = shards_of(path, rows_per_shard)
