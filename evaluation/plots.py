@@ -156,7 +156,7 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
         elinewidth=1.1, markersize=6, label=f"bins of about {len(labels) // len(bins)} rows, 95%",
     )  # fmt: skip
     axes.set(xlabel="Mean probability", ylabel="Share of label 1", xlim=(-0.02, 1.02), ylim=(-0.02, 1.04))
-    axes.legend(loc="upper left")
+    axes.legend(loc="best")
     return figure
 
 
