@@ -65,19 +65,20 @@ def second_reading(evaluated: Evaluated) -> Section | None:
         return None
     report = second_reading_report(frame, evaluated.threshold, evaluated.samples, evaluated.seed)
     names = {
-        "auroc": "AUROC of the LM's own reading for the true label",
-        "agreement": "it is on the decision's side",
-        "errors_where_agreed": "wrong decisions where it is",
-        "errors_where_not": "wrong decisions where it is not",
-        "auroc_of_distance": "AUROC of its distance from the number for wrong decisions",
-        "auroc_of_closeness": "AUROC of the number's closeness to the threshold for wrong decisions",
+        "auroc": "AUROC of the LM's reading for the true label",
+        "agreement": "rows where it is on the decision's side",
+        "errors_where_agreed": "wrong decisions among these rows",
+        "errors_where_not": "wrong decisions among the others",
+        "auroc_of_distance": "AUROC for a wrong decision: of its distance from the probability",
+        "auroc_of_closeness": "AUROC for a wrong decision: of the probability's closeness to the threshold",
     }
     note = (
-        "`lm_probability` is how likely the LM itself finds the verdict of label 1. Where its distance from the "
-        "number does not tell wrong decisions from right ones (AUROC of 0.5 or less), a disagreement means nothing."
+        "The LM's reading (lm_probability) is how likely it finds the verdict of label 1 itself. Where its distance "
+        "from the probability does not tell wrong decisions from right ones (AUROC of 0.5 or less), a disagreement "
+        "means nothing."
     )
     rows = [[name, shown(report[key])] for key, name in names.items()]
-    return Section(report, Part("What the LM's own reading is worth", [Table(["", ""], rows, note)]))
+    return Section(report, Part("What the LM's own reading is worth", [Table(["", "share or AUROC"], rows, note)]))
 
 
 def leakage(evaluated: Evaluated) -> Section | None:
