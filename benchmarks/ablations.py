@@ -29,7 +29,7 @@ ABLATIONS = {
     "decision-token": ["--cls_reads", "18:decision"],
     "mean-pooling": ["--cls_reads", "18:mean"],
     "all-layers": ["--lora_first_layer", "0", "--learning_rate", "2e-4", "--num_train_epochs", "3"],
-    "final-layer": ["--cls_reads", "-1:decision"],
+    "final-layer": ["--cls_reads=-1:decision"],
     "packing": ["--packing", "true"],
     "explanations-0": [],
     "explanations-50": [],

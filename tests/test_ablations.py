@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 import yaml
 from datasets import DatasetDict
+from trl import TrlParser
 
 from benchmarks import ablations
 from benchmarks.ablations import ABLATIONS, main, plan, with_explanations
 from clsgen.tasks import ROOT, class_counts, load_task
+from clsgen.train_sft_cls import ModelArguments, TaskArguments, parse_reads
+from clsgen.trainer_clsgen import ClsGenSFTConfig
 
 
 def test_fewer_explanations_keep_rows_and_labels(tmp_path):
@@ -34,6 +37,17 @@ def test_plans(tmp_path, monkeypatch):
     assert arguments[-4:] == ["--lm_weight", "0", "--max_steps", "1"]
     assert "results/trial_claims/ablations/no-lm-loss/seed-3" in arguments
     assert {"full", "no-bce", "no-verdict-line", "mean-pooling", "packing", "explanations-100"} <= set(ABLATIONS)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_training_takes_every_plan(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, recipe, *others = plan(name, "trial_claims", 0, [])
+    parser = TrlParser((TaskArguments, ClsGenSFTConfig, ModelArguments))
+    arguments, training, model_arguments = parser.parse_args_and_config([config, str(ROOT / recipe), *others])
+    assert parse_reads(arguments.cls_reads)
+    assert training.output_dir.endswith(f"{name}-seed-0")
+    assert model_arguments.use_peft
 
 
 def test_run(tmp_path, monkeypatch, backbones):
