@@ -144,7 +144,8 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     evaluated.targets = targets
     evaluated.compared = {name: _checked(name, frame, evaluated.numbers) for name, frame in compared.items()}
     _judge(evaluated, task, arguments)
-    evaluated.speed = speed_report(model, evaluated.rows.texts, next(iter(evaluated.explained), None))
+    lengths = (arguments.batch_size, arguments.max_new_tokens)
+    evaluated.speed = speed_report(model, evaluated.rows.texts, next(iter(evaluated.explained), None), *lengths)
     write_rows(output_dir / "predictions.parquet", table_rows(list(evaluated.modes.values())), SCHEMA)
     if arguments.backbone:
         logger.info("Perplexity, the model's and that of %s", arguments.backbone)

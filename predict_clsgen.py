@@ -141,9 +141,9 @@ def predict_file(model: Any, arguments: PredictArguments) -> Counter:
     check_ending(target)
     added = answer_fields(arguments.prefix)
     wanted = columns_to_read(model.encoder.prompt.fields, arguments)
-    columns = read_columns(source)
+    typed = read_schema(source) if target.suffix == ".parquet" else None
+    columns = read_columns(source) if typed is None else typed.names
     check_columns(wanted, columns, [field.name for field in added], arguments)
-    schema = pa.schema([*read_schema(source), *added]) if target.suffix == ".parquet" else None
     run = describe_run(arguments, FREE_TO_CHANGE) | {source.name: [source.stat().st_size, source.stat().st_mtime_ns]}
     journal_path = target.with_name(f".{target.name}.journal.jsonl")
     if arguments.overwrite:
@@ -171,7 +171,7 @@ def predict_file(model: Any, arguments: PredictArguments) -> Counter:
             counts["errors" if error else answer[f"{arguments.prefix}label"]] += 1
             yield {**blank, **row, **answer}
 
-    write_rows(target, joined(), schema)
+    write_rows(target, joined(), None if typed is None else pa.schema([*typed, *added]))
     journal_path.unlink()
     return counts
 

@@ -1,5 +1,7 @@
 """What each part of CLSGen is worth: the task's recipe with one part changed, trained and scored as usual.
 
+Where that part needs another learning rate and more epochs, these change too, see `ABLATIONS`.
+
 python -m benchmarks.ablations --name no-lm-loss
 python -m benchmarks.ablations --name explanations-100 --task clinifact --data_dir CliniFact --seed 1
 

@@ -91,14 +91,9 @@ def find(run: dict[str, Any], *keys: str) -> float | None:
     return None
 
 
-def _train_seconds(run: dict[str, Any]) -> float | None:
-    seconds = find(run, "train_seconds")
-    return find(run, "wall_seconds") if seconds is None else seconds
-
-
-def _texts_per_second(run: dict[str, Any]) -> float | None:
-    rate = find(run, "texts_per_second")
-    return find(run, "speed", "texts_per_second") if rate is None else rate
+def find_first(run: dict[str, Any], *places: tuple[str, ...]) -> float | None:
+    """The number at the first of these places that has one; systems keep the same number in different ones."""
+    return next((value for keys in places if (value := find(run, *keys)) is not None), None)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -137,9 +132,9 @@ def system_rows(task: str, folder: Path, name: str | None = None) -> list[Row]:
     common["auroc_std"] = statistics.stdev(aurocs) if len(aurocs) > 1 and None not in aurocs else None
     common["perplexity_general_ratio"] = mean(find(run, "collapse", "general", "ratio") for run in runs)
     common["ece_by_chance"] = mean(find(run, "ece_by_chance") for run in runs)
-    common["train_seconds"] = mean(_train_seconds(run) for run in runs)
-    rates = [rate for rate in map(_texts_per_second, runs) if rate is not None]
-    common["texts_per_second"] = mean(rates)  # all seeds are as fast as one
+    common["train_seconds"] = mean(find_first(run, ("train_seconds",), ("wall_seconds",)) for run in runs)
+    rates = [find_first(run, ("texts_per_second",), ("speed", "texts_per_second")) for run in runs]
+    common["texts_per_second"] = mean(rate for rate in rates if rate is not None)  # all seeds are as fast as one
     common["explained"] = mean(find(run, "train_rows", "explained") for run in runs)
     parts = [part for run in runs for part in (run, run["evaluation"])]
     modes = [mode for mode in MODES if any(mode in part.get("alignment", {}) for part in parts)]

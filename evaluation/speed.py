@@ -10,21 +10,30 @@ TEXTS = 64
 EXPLANATIONS = 8
 
 
-def speed_report(model: Any, texts: list[Any], mode: str | None = None) -> dict[str, Any]:
+def speed_report(
+    model: Any,
+    texts: list[Any],
+    mode: str | None = None,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+) -> dict[str, Any]:
     """Wall time of `classify`, and of `classify_and_explain`, in one call each after one on a single text.
 
     Args:
         model ([`ClsGenForCausalLMAndClassification`]): The model.
         texts (`list[str | dict[str, str]]`): The first 64 are classified, the first 8 explained.
         mode (`str`, *optional*): Of the explanations; without one none are written.
+        batch_size, max_new_tokens (`int`, *optional*): See `classify_and_explain`.
 
     Returns:
         `dict`: `texts_per_second`, `explanations_per_second` (or None), how many of each (`texts`, `explanations`),
         `device`, `dtype` and `threads`.
     """
-    calls = {"texts": (TEXTS, model.classify)}
+    calls = {"texts": (TEXTS, partial(model.classify, batch_size=batch_size))}
     if mode is not None:
-        calls["explanations"] = (EXPLANATIONS, partial(model.classify_and_explain, mode=mode))
+        options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        explain = partial(model.classify_and_explain, batch_size=batch_size, mode=mode, **options)
+        calls["explanations"] = (EXPLANATIONS, explain)
     report: dict[str, Any] = {"explanations": 0, "explanations_per_second": None}
     for what, (most, answer) in calls.items():
         some = texts[:most]
