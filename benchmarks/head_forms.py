@@ -12,6 +12,7 @@ alone, by AUROC on validation. The test split is not read. Labels are gold, or m
 import argparse
 import hashlib
 import logging
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,23 +38,32 @@ from clsgen.training_rows import encode_rows
 from clsgen.warm_start import Read, extract_features
 
 SPLITS = ("train", "validation")
-LAYERS = tuple(range(4, 30, 2))
+LAYERS = tuple(range(0, 30, 2))
 INVERSE_PENALTIES = (3e-4, 1e-3, 3e-3)
 MLP_PENALTIES = (1.0, 10.0)
 HIDDEN_UNITS = 64
 TEACHER_SHARES = (0.0, 0.5, 1.0)
+
+
+def reads_of(mean: Iterable[int] = (), decision: Iterable[int] = ()) -> list[Read]:
+    """What a head reads: the mean over the prompt at some layers, and the decision token at some."""
+    return [*((layer, "mean") for layer in mean), *((layer, "decision") for layer in decision)]
+
+
 FORMS: dict[str, list[Read]] = {
-    "decision 16": [(16, "decision")],
-    "mean 14": [(14, "mean")],
-    "mean 16": [(16, "mean")],
-    "mean 20": [(20, "mean")],
-    "mean 14, decision 18": [(14, "mean"), (18, "decision")],
-    "mean 18, decision 18": [(18, "mean"), (18, "decision")],
-    "mean 20, decision 16": [(20, "mean"), (16, "decision")],
-    "mean 8, 16, 20": [(8, "mean"), (16, "mean"), (20, "mean")],
-    "mean 4 to 20, decision 10": [*((layer, "mean") for layer in range(4, 21, 4)), (10, "decision")],
-    "mean 4 to 28": [(layer, "mean") for layer in range(4, 29, 4)],
-    "mean and decision 4 to 28": list(product(range(4, 29, 4), ("mean", "decision"))),
+    "decision 16": reads_of(decision=[16]),
+    "mean 14": reads_of([14]),
+    "mean 16": reads_of([16]),
+    "mean 20": reads_of([20]),
+    "mean 14, decision 18": reads_of([14], [18]),
+    "mean 18, decision 18": reads_of([18], [18]),
+    "mean 20, decision 16": reads_of([20], [16]),
+    "mean 8, 16, 20": reads_of([8, 16, 20]),
+    "mean 0, 2, 20, decision 10": reads_of([0, 2, 20], [10]),
+    "mean 4 to 20, decision 10": reads_of(range(4, 21, 4), [10]),
+    "mean 0, 2, 8, 20, decision 10, 18": reads_of([0, 2, 8, 20], [10, 18]),
+    "mean 4 to 28": reads_of(range(4, 29, 4)),
+    "mean and decision 4 to 28": reads_of(range(4, 29, 4), range(4, 29, 4)),
 }
 
 
@@ -84,8 +94,8 @@ def features_of(task: Task, backbone: str, template: str, max_prompt_length: int
 
 def kept_features(folder: Path, *key: Any) -> dict[str, np.ndarray]:
     """[`features_of`], computed once and kept in `folder`."""
-    name = hashlib.sha256(repr([(part.name, len(part.splits["train"])) if isinstance(part, Task) else part
-                                for part in key]).encode()).hexdigest()[:16]  # fmt: skip
+    made_of = [(part.name, len(part.splits["train"])) if isinstance(part, Task) else part for part in key]
+    name = hashlib.sha256(repr([*made_of, LAYERS]).encode()).hexdigest()[:16]
     file = folder / f"{name}.npz"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
