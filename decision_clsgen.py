@@ -7,18 +7,28 @@ from typing import Any
 import torch
 from transformers.decision import DecisionConfig, DecisionMixin, Question, parse_questions
 
+from .prediction_clsgen import Prediction
+
 _EXAMPLE = '{"state": <text or fields>, "questions": {"answer": {"type": "noul"}}}'
 
 
 @dataclass
 class ExplainedQuestion(Question):
-    """A question whose answer has a reason beside it."""
+    """A question whose answer has the head's decision and a reason beside it."""
 
-    explanation: str | None = None
+    truncated: bool = False
+    prediction: Prediction | None = None
 
     def answer(self, probabilities: list[float]) -> dict[str, Any]:
-        answer = super().answer(probabilities)
-        return answer if self.explanation is None else {**answer, "explanation": self.explanation}
+        """transformers' answer, with the label of the model's threshold as `choice`, not the likelier one."""
+        answer, prediction = super().answer(probabilities), self.prediction
+        if prediction is None:
+            return answer
+        if self.type == "choice":
+            of_choice = answer["probabilities"][prediction.label]
+            answer |= {"choice": prediction.label, "confidence": max(0.0, 2 * of_choice - 1)}
+        answer |= {"label": prediction.label, "threshold": prediction.threshold, "truncated": self.truncated}
+        return answer if prediction.explanation is None else {**answer, "explanation": prediction.explanation}
 
 
 class ClsGenDecisionConfig(DecisionConfig):
@@ -49,11 +59,14 @@ class ClsGenDecisionConfig(DecisionConfig):
             raise ValueError(f"A request looks like {_EXAMPLE}.")
         if request.get("assets"):
             raise ValueError("This model reads text only: leave `assets` out.")
-        questions = [self._checked(question) for question in parse_questions(request["questions"], self)]
-        ids = torch.tensor([self.model.encoder.encode(request["state"]).input_ids])
+        prompt = self.model.encoder.encode(request["state"])
+        questions = [
+            self._checked(question, prompt.truncated) for question in parse_questions(request["questions"], self)
+        ]
+        ids = torch.tensor([prompt.input_ids])
         return [({"input_ids": ids, "marks": torch.tensor([ids.shape[1]])}, questions)]
 
-    def _checked(self, question: Question) -> ExplainedQuestion:
+    def _checked(self, question: Question, truncated: bool) -> ExplainedQuestion:
         own, names = self.model.encoder.prompt.question, self.model.config.label_names
         if question.instructions not in (None, "", own):
             raise ValueError(
@@ -66,7 +79,7 @@ class ClsGenDecisionConfig(DecisionConfig):
             )
         if any(question.descriptions):
             raise ValueError(f"Question {question.name!r}: the labels' meaning is learned; leave descriptions out.")
-        return ExplainedQuestion(**vars(question))
+        return ExplainedQuestion(**vars(question), truncated=truncated)
 
 
 class ClsGenDecisionMixin(DecisionMixin):
@@ -103,13 +116,15 @@ class ClsGenDecisionMixin(DecisionMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `(1, sequence_length)`): See [`ClsGenDecisionConfig`].
             marks (`torch.LongTensor` of shape `(1,)`): The number of tokens before the decision: all of them.
-            decision_questions (`list[ExplainedQuestion]`): Get their explanation here.
+            decision_questions (`list[ExplainedQuestion]`): Get their prediction here.
             decision_config ([`ClsGenDecisionConfig`], *optional*): Defaults to the model's.
         """
         explain = getattr(decision_config or self.decision_config, "explain", False)
         prediction = self._decide(input_ids[0, : int(marks[-1])].tolist(), explain)
         scores = torch.tensor([1 - prediction.probability, prediction.probability]).log()
-        by_option = dict(zip((*self.config.label_names, "false", "true"), [*scores, *scores], strict=True))
+        found = []
         for question in decision_questions:
-            question.explanation = prediction.explanation
-        return [torch.stack([by_option[option] for option in question.options]) for question in decision_questions]
+            question.prediction = prediction
+            options = ["false", "true"] if question.type == "noul" else self.config.label_names
+            found.append(scores[[options.index(option) for option in question.options]])
+        return found

@@ -139,7 +139,8 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     other_tasks = [load_task(name) for name in arguments.also_on]
     output_dir = Path(arguments.output_dir or Path("outputs") / task.name / "evaluation")
     output_dir.mkdir(parents=True, exist_ok=True)
-    model = AutoModel.from_pretrained(arguments.model, revision=arguments.revision, trust_remote_code=True)
+    about = {"revision": arguments.revision, "trust_remote_code": True}
+    model = AutoModel.from_pretrained(arguments.model, device_map="auto", **about)
     evaluated = _predicted(model, task, other_tasks, arguments, output_dir)
     evaluated.targets = targets
     evaluated.compared = {name: _checked(name, frame, evaluated.numbers) for name, frame in compared.items()}

@@ -209,7 +209,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("Give both --input and --output, or neither.")
         if arguments.input and not Path(arguments.input).is_file():
             raise FileNotFoundError(f"{arguments.input} is not there.")
-        model = AutoModel.from_pretrained(arguments.model, revision=arguments.revision, trust_remote_code=True)
+        about = {"revision": arguments.revision, "trust_remote_code": True}
+        model = AutoModel.from_pretrained(arguments.model, device_map="auto", **about)
         if arguments.input is None:
             with contextlib.suppress(EOFError):
                 talk(model, arguments)

@@ -261,7 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = HfArgumentParser(ServeArguments).parse_args_into_dataclasses(argv)[0]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        model = AutoModel.from_pretrained(arguments.model, revision=arguments.revision, trust_remote_code=True)
+        about = {"revision": arguments.revision, "trust_remote_code": True}
+        model = AutoModel.from_pretrained(arguments.model, device_map="auto", **about)
     except (OSError, ValueError) as error:
         logger.error("%s", error)
         return 1

@@ -52,7 +52,8 @@ def perplexity_report(model: PreTrainedModel, backbone: str | PreTrainedModel, t
         worse at it than its backbone.
     """
     if isinstance(backbone, str):
-        backbone = AutoModelForCausalLM.from_pretrained(resolve_backbone(backbone), dtype=model.dtype)
+        folder = resolve_backbone(backbone)
+        backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, device_map="auto")
     tokenizer = _tokenizer(model, backbone)
     sets = {"general": _general_rows(tokenizer), "explanations": _explanation_rows(model, tokenizer, task)}
     report: dict[str, Any] = {"undefined": {}}

@@ -330,5 +330,5 @@ def _local_lm_judge(spec: str, name_or_path: str, prompt: TaskPrompt) -> LocalLM
     from clsgen.backbones import resolve_backbone
 
     folder = resolve_backbone(name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto")
     return LocalLMJudge(spec, prompt, model, AutoTokenizer.from_pretrained(folder))

@@ -73,11 +73,47 @@ def test_decision_pipeline_answers_with_the_heads_probability_and_its_reason(fol
     answers = decide({"state": texts[0], "questions": questions})
     assert answers["a"]["noul"] == pytest.approx(expected.probability, abs=1e-4)
     assert answers["b"]["probabilities"]["supported"] == pytest.approx(expected.probability, abs=1e-4)
-    assert answers["b"]["choice"] == max(answers["b"]["probabilities"], key=answers["b"]["probabilities"].get)
+    assert answers["b"]["choice"] == answers["a"]["label"] == expected.label
     assert answers["a"]["explanation"] == expected.explanation
     assert decide(json.dumps({"state": texts[0], "questions": questions})) == answers
     decide.model.decision_config.explain = False
-    assert set(decide({"state": "One text", "questions": {"q": {"type": "noul"}}})["q"]) == {"type", "noul"}
+    without = decide({"state": "One text", "questions": {"q": {"type": "noul"}}})["q"]
+    assert set(without) == {"type", "noul", "label", "threshold", "truncated"}
+
+
+def test_decision_is_that_of_the_models_threshold_where_the_likelier_label_is_another(model, texts):
+    model.config.calibration["bias"] = 0.2 - model.classify(texts[0]).logit / model.config.calibration["temperature"]
+    model.config.threshold = 0.6
+    expected = model.classify(texts[0])
+    answer = answers_of(model, texts[0], {"q": {"type": "choice", "criteria": dict.fromkeys(LABELS)}})["q"]
+    assert answer["probabilities"]["supported"] == pytest.approx(expected.probability, abs=1e-4)
+    assert answer["label"] == expected.label
+    assert answer["threshold"] == expected.threshold
+    assert (answer["choice"], answer["confidence"]) == ("not_supported", 0)
+
+
+@pytest.mark.parametrize("names", [["true", "false"], ["false", "true"]])
+def test_labels_that_are_called_true_and_false_keep_their_probabilities(model, texts, names):
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    questions = {"a": {"type": "noul"}, "b": {"type": "choice", "criteria": dict.fromkeys(names)}}
+    answers, expected = answers_of(model, texts[0], questions), model.classify(texts[0])
+    assert answers["a"]["noul"] == pytest.approx(expected.probability, abs=1e-4)
+    assert answers["b"]["probabilities"][names[1]] == pytest.approx(expected.probability, abs=1e-4)
+
+
+def test_decision_answers_say_that_a_text_was_cut(model):
+    request = {"state": "word " * 3000, "questions": {"q": {"type": "noul"}}}
+    assert model.decision_config.prepare_inputs(request, model.tokenizer)[0][1][0].truncated
+
+
+def answers_of(model, state, questions):
+    """What `pipeline("decision")` answers."""
+    inputs, parsed = model.decision_config.prepare_inputs({"state": state, "questions": questions}, model.tokenizer)[0]
+    scores = model.decide(**inputs, decision_questions=parsed)
+    return {
+        question.name: question.answer(of_options.softmax(-1).tolist())
+        for question, of_options in zip(parsed, scores, strict=True)
+    }
 
 
 @pytest.mark.parametrize(
