@@ -154,6 +154,13 @@ def test_endpoint_handler_as_the_toolkit_calls_it(folder, model, texts):
     for request in ({}, {"inputs": "a", "parameters": {"temprature": 1}}, {"inputs": ""}):
         with pytest.raises(ValueError, match=r"request is|temprature|is empty"):
             handler(request)
+    code = Path(folder) / "evil" / "custom_generate" / "generate.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    loading = {"custom_generate": str(code.parent.parent), "trust_remote_code": True}
+    with pytest.raises(ValueError, match="custom_generate"):
+        handler({"inputs": "a", "parameters": {"generate_kwargs": loading}})
+    assert not code.with_name("ran").exists()
 
 
 def test_a_fresh_process_elsewhere_finds_every_entry_point(folder, tmp_path):
