@@ -19,13 +19,17 @@ def run(auroc, **others):
 def results(tmp_path):
     words = {"auroc_alignment": 0.9, "kappa": 0.8, "contradiction_rate": 0.1}
     evaluation = {
-        "alignment": {"free": {"tfidf": words}, "guided": {"tfidf": {**words, "kappa": None}}},
+        "alignment": {
+            "free": {"tfidf": words, "tfidf-no-verdict": {**words, "auroc_alignment": 0.6}},
+            "guided": {"tfidf": {**words, "kappa": None}},
+        },
         "language": {"free": {"flesch_reading_ease": 40.0, "rep4": 0.01}, "guided": {"rep4": 0.03}},
         "collapse": {"general": {"ratio": 1.05}},
         "speed": {"texts_per_second": 3.0},
     }
     for seed, auroc in enumerate((0.70, 0.74, 0.72)):
         write_json(tmp_path / f"my/cnn/seed-{seed}/metrics.json", run(auroc, system="cnn", train_seconds=seed))
+    write_json(tmp_path / "my/encoder-probe/seed-0/metrics.json", run(0.86, system="encoder-probe"))
     write_json(tmp_path / "my/tfidf/seed-0/metrics.json", run(0.90, system="tfidf", texts_per_second=10.0))
     write_json(tmp_path / "my/small/metrics.json", run(0.85, wall_seconds=7.0))
     write_json(tmp_path / "my/small/evaluation/metrics.json", evaluation)
@@ -37,16 +41,17 @@ def results(tmp_path):
 def test_rows(results):
     rows = table_rows(results, ["my", "missing"])
     assert [(row["system"], row["mode"], row["seeds"]) for row in rows] == [
-        ("clsgen-small", "free", 1), ("clsgen-small", "guided", 1), ("cnn", "", 3), ("tfidf", "", 1),
-        ("ablation-packing", "", 1),
+        ("clsgen-small", "free", 1), ("clsgen-small", "guided", 1), ("cnn", "", 3), ("encoder-probe", "", 1),
+        ("tfidf", "", 1), ("ablation-packing", "", 1),
     ]  # fmt: skip
-    free, guided, cnn, tfidf, _ = rows
+    free, guided, cnn, _, tfidf, _ = rows
     assert cnn["auroc_mean"] == pytest.approx(0.72)
     assert cnn["auroc_std"] == pytest.approx(0.02)  # of -0.02, 0.02 and 0: sqrt(0.0008 / 2)
     assert cnn["train_seconds"] == pytest.approx(1.0)
     assert (tfidf["auroc_std"], tfidf["train_seconds"], tfidf["texts_per_second"]) == (None, None, 10.0)
     assert (free["kappa_mean"], free["rep4"], free["perplexity_general_ratio"]) == (0.8, 0.01, 1.05)
     assert (guided["kappa_mean"], guided["flesch_reading_ease"], guided["rep4"]) == (None, None, 0.03)
+    assert (free["auroc_alignment_mean"], free["auroc_alignment_no_verdict"]) == (0.9, 0.6)
     assert (free["train_seconds"], free["texts_per_second"]) == (7.0, 3.0)
 
 
@@ -73,6 +78,7 @@ def test_shortfalls_are_said(results):
         "my, clsgen-small: auroc_alignment_mean (guided) is 0.900; its target is at least 0.98.",
         "my, clsgen-small: no kappa_mean (guided) yet; its target is at least 0.9.",
         "my, clsgen-small: rep4 (guided) is 0.030; its target is at most 0.02.",
+        "my, clsgen-small: AUROC 0.850 is below the 0.860 of encoder-probe.",
         "my, clsgen-small: AUROC 0.850 is below the 0.900 of tfidf.",
     ]
 
@@ -105,7 +111,7 @@ def test_paper_is_apart(results):
 
 
 def test_writes_both(results):
-    assert write_tables(results, ["my"]) == 5
+    assert write_tables(results, ["my"]) == 6
     with (results / "table.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
