@@ -80,6 +80,22 @@ def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, bins
     Raises:
         ValueError: As [`classification_metrics`], or `bins` below 1.
     """
+    points = reliability_bins(labels, probabilities, bins)
+    return sum(abs(positive - rows * mean) for mean, positive, rows in points) / len(labels)
+
+
+def reliability_bins(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> list[tuple[float, int, int]]:
+    """The points of a reliability diagram, over the bins of [`expected_calibration_error`] that hold a row.
+
+    Args:
+        labels, probabilities, bins: As for [`expected_calibration_error`].
+
+    Returns:
+        `list[tuple[float, int, int]]`: Mean probability, rows of label 1, and rows; by rising probability.
+
+    Raises:
+        ValueError: As [`expected_calibration_error`].
+    """
     labels, probabilities = check_labels(labels, probabilities), check_probabilities(probabilities)
     if bins < 1:
         raise ValueError(f"`bins` must be 1 or more, got {bins}.")
@@ -89,8 +105,8 @@ def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, bins
     # Twice the mid-rank is a whole number, so that no rounding moves a row into the next bin.
     doubled_mid_ranks = 2 * np.cumsum(sizes) - sizes
     row_bins = (bins * doubled_mid_ranks // (2 * rows))[group]
-    gaps = np.bincount(row_bins, weights=labels - probabilities, minlength=bins)
-    return float(np.abs(gaps).sum() / rows)
+    members = [row_bins == number for number in np.unique(row_bins)]
+    return [(float(probabilities[of_bin].mean()), int(labels[of_bin].sum()), int(of_bin.sum())) for of_bin in members]
 
 
 def check_labels(labels: ArrayLike, scores: ArrayLike) -> np.ndarray:

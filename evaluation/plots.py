@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from clsgen.classification_metrics import reliability_bins
 from clsgen.evaluation.intervals import TAILS, share
 from clsgen.evaluation.resampling import RankedRows, bootstrap_counts
 
@@ -145,15 +146,13 @@ def precision_recall(labels: np.ndarray, probabilities: np.ndarray, threshold: f
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
     """Share of label 1 against the mean probability in bins of equal mass, with Wilson intervals."""
     figure, axes = _figure()
-    order = np.argsort(probabilities, kind="stable")
-    bins = np.array_split(order, max(1, min(10, len(labels) // 10)))
-    x = np.array([probabilities[rows].mean() for rows in bins])
-    shares = [share(int(labels[rows].sum()), len(rows), "rows") for rows in bins]
+    x, positive, rows = zip(*reliability_bins(labels, probabilities), strict=True)
+    shares = [share(part, whole, "rows") for part, whole in zip(positive, rows, strict=True)]
     y, low, high = (np.array([entry[key] for entry in shares]) for key in ("value", "low", "high"))
     axes.plot([0, 1], [0, 1], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.2, label="perfect calibration")
     axes.errorbar(
         x, y, yerr=[np.maximum(0, y - low), np.maximum(0, high - y)], color=ONE, fmt="o-", linewidth=1.4,
-        elinewidth=1.1, markersize=6, label=f"bins of about {len(labels) // len(bins)} rows, 95%",
+        elinewidth=1.1, markersize=6, label=f"bins of about {len(labels) // len(rows)} rows, 95%",
     )  # fmt: skip
     axes.set(xlabel="Mean probability", ylabel="Share of label 1", xlim=(-0.02, 1.02), ylim=(-0.02, 1.04))
     axes.legend(loc="best")

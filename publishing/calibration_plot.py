@@ -5,25 +5,7 @@ import io
 import numpy as np
 from numpy.typing import ArrayLike
 
-from clsgen.classification_metrics import MIN_ROWS_PER_BIN, check_labels, check_probabilities
-
-MOST_BINS = 10
-
-
-def reliability_bins(labels: ArrayLike, probabilities: ArrayLike) -> list[tuple[float, float, int]]:
-    """Mean probability, share of label 1 and number of rows, of bins with about as many rows each.
-
-    Args:
-        labels: Shape `(rows,)`, each 0 or 1.
-        probabilities: Shape `(rows,)`, the probability of label 1, in [0, 1].
-
-    Returns:
-        `list[tuple[float, float, int]]`: At most 10 bins of 10 rows or more, by rising probability.
-    """
-    labels, probabilities = check_labels(labels, probabilities), check_probabilities(probabilities)
-    count = max(1, min(MOST_BINS, len(labels) // MIN_ROWS_PER_BIN))
-    bins = np.array_split(np.argsort(probabilities, kind="stable"), count)
-    return [(float(probabilities[rows].mean()), float(labels[rows].mean()), len(rows)) for rows in bins]
+from clsgen.classification_metrics import reliability_bins
 
 
 def calibration_plot(labels: ArrayLike, probabilities: ArrayLike, threshold: float) -> bytes:
@@ -36,7 +18,8 @@ def calibration_plot(labels: ArrayLike, probabilities: ArrayLike, threshold: flo
     from matplotlib.ticker import MaxNLocator
 
     bins = reliability_bins(labels, probabilities)
-    predicted, observed, sizes = (np.array(values) for values in zip(*bins, strict=True))
+    predicted, positive, sizes = (np.array(values) for values in zip(*bins, strict=True))
+    observed = positive / sizes
     low, high = _wilson_interval(observed, sizes)
     figure = Figure(figsize=(5, 5.4), dpi=110, layout="constrained")
     curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])

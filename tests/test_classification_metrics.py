@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clsgen.atomic_io import write_json
-from clsgen.classification_metrics import classification_metrics, expected_calibration_error
+from clsgen.classification_metrics import classification_metrics, expected_calibration_error, reliability_bins
 
 LABELS = [0, 1, 0, 1, 1]
 PROBABILITIES = [0.1, 0.4, 0.4, 0.8, 0.9]
@@ -149,6 +149,16 @@ def test_ece_puts_tied_rows_in_the_bin_of_their_mid_rank():
     probabilities = [0.1] * 4 + [0.3] * 8 + [0.8] * 8
     # Two bins of 20 rows; the rows of 0.3 have mid-rank 8 and so go to the lower one, whole.
     assert expected_calibration_error(labels, probabilities) == pytest.approx((abs(0.6 - 2.4) + 1.6) / 20)
+
+
+def test_points_of_a_reliability_diagram():
+    labels, probabilities = np.tile([0, 1], 30), np.linspace(0, 1, 60)
+    points = reliability_bins(labels, probabilities)
+    assert [size for *_, size in points] == [10] * 6
+    assert points[0] == pytest.approx((probabilities[:10].mean(), 5, 10))
+    assert reliability_bins([1, 0], [0.5, 0.5]) == [(0.5, 1, 2)]
+    # Rows that the probability can't tell apart are one point, in whatever order they come.
+    assert reliability_bins([0] * 50 + [1] * 50, [0.5] * 100) == [(0.5, 50, 100)]
 
 
 def test_ece_of_constant_probability_is_one_gap():
