@@ -94,8 +94,11 @@ def features_of(task: Task, backbone: str, template: str, max_prompt_length: int
 
 def kept_features(folder: Path, *key: Any) -> dict[str, np.ndarray]:
     """[`features_of`], computed once and kept in `folder`."""
-    made_of = [(part.name, len(part.splits["train"])) if isinstance(part, Task) else part for part in key]
-    name = hashlib.sha256(repr([*made_of, LAYERS]).encode()).hexdigest()[:16]
+    made_of = [
+        [part.prompt, *(part.splits[split].to_list() for split in SPLITS)] if isinstance(part, Task) else part
+        for part in key
+    ]
+    name = hashlib.sha256(repr([made_of, LAYERS]).encode()).hexdigest()[:16]
     file = folder / f"{name}.npz"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)

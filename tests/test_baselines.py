@@ -99,9 +99,9 @@ def test_seed_is_all_that_changes_a_cnn(task):
 def test_cnn_ignores_padding():
     torch.manual_seed(0)
     model = TextCnn(20).eval()
-    short = torch.tensor([[2, 3, 4]])
-    padded = torch.tensor([[2, 3, 4, 0, 0, 0, 0], [5, 6, 7, 8, 9, 2, 3]])
-    assert model(padded)[0].item() == pytest.approx(model(torch.cat([short, torch.zeros(1, 3).long()], 1)).item())
+    short, long = [2, 3, 4], [5, 6, 7, 8, 9, 2, 3]
+    together = model(torch.tensor([[*short, 0, 0, 0, 0], long]))
+    assert together.tolist() == pytest.approx([model(torch.tensor([row])).item() for row in (short, long)])
 
 
 def test_classifier_reads_the_prompts_last_token(task, backbones):
@@ -177,8 +177,8 @@ def test_first_difference():
 
 
 def test_options():
-    assert parse_options(["epochs=2", "learning_rate=2e-4", "examples=[2, 4]", "way=none"]) == {
-        "epochs": 2, "learning_rate": 2e-4, "examples": [2, 4], "way": "none"
+    assert parse_options(["epochs=2", "learning_rate=2e-4", "examples=[2, 1e-3]", "way=none"]) == {
+        "epochs": 2, "learning_rate": 2e-4, "examples": [2, 1e-3], "way": "none"
     }  # fmt: skip
     with pytest.raises(ValueError, match="NAME=VALUE"):
         parse_options(["epochs"])

@@ -7,6 +7,7 @@ python -m benchmarks.baselines --system sft-only --set epochs=2 --set learning_r
 
 import argparse
 import importlib
+import json
 import logging
 import math
 
@@ -45,8 +46,8 @@ def parse_options(pairs: list[str]) -> dict[str, object]:
         if not separator or not name:
             raise ValueError(f"`--set` takes NAME=VALUE, got {pair!r}.")
         try:
-            options[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
-        except ValueError:  # a word with an e in it
+            options[name] = json.loads(value)  # for YAML, 1e-3 is a word
+        except ValueError:
             options[name] = yaml.safe_load(value)
     return options
 

@@ -35,8 +35,16 @@ class TextCnn(nn.Module):
 
     def forward(self, ids: torch.LongTensor) -> torch.FloatTensor:
         embedded = self.embedding(ids).transpose(1, 2)  # (batch_size, size, length)
-        pooled = [F.relu(convolution(embedded)).amax(dim=2) for convolution in self.convolutions]
+        lengths = (ids != PADDING).sum(dim=1, keepdim=True)
+        pooled = [_largest(convolution, embedded, lengths) for convolution in self.convolutions]
         return self.output(self.dropout(torch.cat(pooled, dim=1)))[:, 0]
+
+
+def _largest(convolution: nn.Conv1d, embedded: torch.FloatTensor, lengths: torch.LongTensor) -> torch.FloatTensor:
+    """Each filter's maximum over the windows that hold a word: what a row is padded with must not answer for it."""
+    activations = F.relu(convolution(embedded))  # 0 and above
+    with_word = torch.arange(activations.shape[2]) < lengths + convolution.kernel_size[0] - 1  # (batch_size, windows)
+    return (activations * with_word[:, None]).amax(dim=2)
 
 
 class CnnBaseline(Baseline):
