@@ -70,7 +70,12 @@ def test_undefined_values_are_named(metric, alignment, label):
 
 @pytest.mark.parametrize(
     ("predictions", "references", "message"),
-    [([0.5], [2], "Labels must be"), ([math.nan], [1], "Probabilities must lie"), ([1.2], [1], "Probabilities must")],
+    [
+        ([0.5], [2], "Labels must be"),
+        ([0.5], [0.9], "Labels must be"),
+        ([math.nan], [1], "Probabilities must lie"),
+        ([1.2], [1], "Probabilities must"),
+    ],
 )
 def test_refuses_what_cannot_be_scored(metric, predictions, references, message):
     with pytest.raises(ValueError, match=message):

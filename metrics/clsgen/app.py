@@ -16,7 +16,7 @@ def compute(table, configuration, threshold):
         filled = [row for row in table if set(row) - {None, ""}]
         if not filled or any({None, ""} & set(row) for row in filled):
             raise ValueError("Give a row at least, and both a probability and a label in each.")
-        rows = [(float(probability), int(label)) for probability, label in filled]
+        rows = [(float(probability), float(label)) for probability, label in filled]
         found = metric.compute(
             predictions=[row[0] for row in rows], references=[row[1] for row in rows], threshold=threshold
         )

@@ -67,14 +67,15 @@ class Clsgen(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
             ),
             reference_urls=["https://arxiv.org/abs/2604.11801"],
         )
 
     def _compute(self, predictions, references, threshold=0.5, bins=15):
-        probabilities, labels = np.asarray(predictions, dtype=np.float64), np.asarray(references)
+        probabilities, labels = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
         _check(probabilities, labels, threshold, bins)
+        labels = labels.astype(np.int64)
         if self.config_name == "alignment":
             return _alignment(probabilities, labels, threshold)
         return _classification(probabilities, labels, threshold, bins)
