@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from transformers import AutoModel, HfArgumentParser
 
-from clsgen.atomic_io import write_json
+from clsgen.atomic_io import write_json, write_text
 from clsgen.evaluation.alignment import alignment_report
 from clsgen.evaluation.collapse import perplexity_report
 from clsgen.evaluation.evaluated import Evaluated, Section, number, spread
@@ -186,7 +186,8 @@ def _predicted(
         logger.info("%s: %d rows", other_rows.name, len(other_rows.ids))
     return Evaluated(
         rows, modes, model.config.threshold, tuple(model.config.label_names), _relation(model, task, arguments.split),
-        validation, others, examples=arguments.examples, samples=arguments.bootstrap_samples, seed=arguments.seed,
+        validation, _relation(model, task, "validation"), others, examples=arguments.examples,
+        samples=arguments.bootstrap_samples, seed=arguments.seed,
     )  # fmt: skip
 
 
@@ -265,18 +266,11 @@ def _write(
     output_dir: Path, evaluated: Evaluated, sections: dict[str, Section], metrics: dict[str, Any], task: Task
 ) -> None:
     report = _report(evaluated, sections, metrics, task)
-    (output_dir / "plots").mkdir(exist_ok=True)
     for plot in report.plots:
-        _write_text(output_dir / "plots" / f"{plot.name}.svg", plot.svg)
-    _write_text(output_dir / "report.html", report.to_html())
-    _write_text(output_dir / "report.md", report.to_markdown("plots"))
+        write_text(output_dir / "plots" / f"{plot.name}.svg", plot.svg)
+    write_text(output_dir / "report.html", report.to_html())
+    write_text(output_dir / "report.md", report.to_markdown("plots"))
     write_json(output_dir / "metrics.json", metrics)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _report(evaluated: Evaluated, sections: dict[str, Section], metrics: dict[str, Any], task: Task) -> Report:

@@ -82,7 +82,8 @@ def delong(labels: ArrayLike, ours: ArrayLike, theirs: ArrayLike) -> dict[str, A
     difference = float(areas[0] - areas[1])
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     if variance <= 1e-15:
-        return _untested("the two models rank the rows alike", difference)
+        alike = "the two models rank the rows alike"
+        return _untested("no row varies in how each model ranks it" if difference else alike, difference)
     error = variance**0.5
     low, high = difference + norm.ppf(TAILS) * error
     p_value = float(2 * norm.sf(abs(difference) / error))

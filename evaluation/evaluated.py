@@ -23,6 +23,7 @@ class Evaluated:
         threshold (`float`), labels (`tuple[str, str]`): The model's.
         relation (`str`): What the reported rows are to the model: not seen, calibrated on, of another task.
         validation (`pandas.DataFrame`, *optional*): Answers for the validation rows, which thresholds are fitted on.
+        validation_relation (`str`): What those are to the model.
         others (`dict[str, pandas.DataFrame]`): Answers for data that it was not calibrated on.
         compared (`dict[str, pandas.DataFrame]`): Other systems' predictions, indexed by id.
         targets (`list[Target]`): For the threshold sheet.
@@ -40,6 +41,7 @@ class Evaluated:
     labels: tuple[str, str]
     relation: str = "not seen"
     validation: pd.DataFrame | None = None
+    validation_relation: str = "calibrated on it"
     others: dict[str, pd.DataFrame] = field(default_factory=dict)
     compared: dict[str, pd.DataFrame] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)

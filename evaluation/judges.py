@@ -49,8 +49,8 @@ class Fitness:
         accuracy, auroc (`float`): On the teacher's validation explanations; nan where it judged none (for the AUROC,
             where these argue for one label only).
         rows, judged (`int`): Explanations, and how many of them it gave an answer on.
-        fit (`bool`, *optional*): Whether the accuracy reaches 0.95; `None` for a judge that is kept from the verdict
-            sentence, since it does the harder task on purpose.
+        fit (`bool`, *optional*): Whether the accuracy reaches 0.95; `None` without explanations to measure it by, and
+            for a judge that is kept from the verdict sentence, since it does the harder task on purpose.
     """
 
     accuracy: float
@@ -60,6 +60,8 @@ class Fitness:
     fit: bool | None
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "accuracy is unmeasured, for want of teacher's validation explanations"
         word = {True: "fit", False: "UNFIT", None: "reads no verdict sentence"}[self.fit]
         return (
             f"accuracy {self.accuracy:.3f} on {self.judged} of {self.rows} teacher's validation explanations: {word}"
@@ -118,7 +120,7 @@ class Judge(ABC):
             else np.nan,
             rows=len(explanations),
             judged=len(pairs),
-            fit=bool(accuracy >= MIN_ACCURACY) if self.keeps_verdict else None,
+            fit=bool(accuracy >= MIN_ACCURACY) if self.keeps_verdict and len(explanations) else None,
         )
         if self.fitness.fit is False:
             logger.warning("The judge %s is unfit: its %s. Alignment by it means little.", self.name, self.fitness)

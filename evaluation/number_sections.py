@@ -86,8 +86,7 @@ def calibration(evaluated: Evaluated) -> Section:
     """Calibration on every data set at hand, and whether the model was calibrated on it."""
     sets = {}
     if evaluated.validation is not None:
-        relation = "calibrated on it" if evaluated.relation == "not seen" else evaluated.relation
-        sets[f"validation ({relation})"] = evaluated.validation
+        sets[f"validation ({evaluated.validation_relation})"] = evaluated.validation
     sets[f"{evaluated.rows.name} ({evaluated.relation})"] = evaluated.numbers
     sets |= {f"{name} (another data set)": frame for name, frame in evaluated.others.items()}
     numbers, rows, figures = {}, [], []

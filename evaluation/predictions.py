@@ -167,7 +167,7 @@ def _identity(model: Any) -> dict[str, Any]:
     commit = getattr(model.config, "_commit_hash", None)
     if not folder.is_dir():
         return {"model": str(folder), "commit": commit}
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.py")])
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".py"))
     ignored = {"metrics.json"}  # written beside the weights, and no part of an answer
     stats = {file.name: file.stat() for file in files if file.name not in ignored}
     return {"model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}

@@ -37,7 +37,8 @@ def alignment(evaluated: Evaluated) -> Section | None:
             worth, fitness = report["judge"], report["judge"]["fitness"]
             if fitness and fitness["fit"] is False:
                 unfit.add(judge)
-            told = "unmeasured" if not fitness else f"{number(fitness['accuracy'])} of {fitness['judged']}"
+            measured = fitness and fitness["rows"]
+            told = f"{number(fitness['accuracy'])} of {fitness['judged']}" if measured else "unmeasured"
             sees = "kept" if worth["keeps_verdict_sentence"] else "removed"
             counts = f"{report['judged']} of {report['rows']}"
             cells = [shown(intervals[key]) for key in ("auroc_alignment", "kappa", "contradiction_rate")]

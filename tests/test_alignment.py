@@ -155,7 +155,9 @@ class TestJudges:
         assert fitness.auroc == pytest.approx(roc_auc_score([1, 0, 0], [0.9, 0.2, 0.9]))
         assert "UNFIT" in str(fitness)
         assert judge.measure(["good", "bad"], [1, 0]).fit is True
-        assert judge.measure([], []).fit is False
+        assert judge.measure([], []).fit is None
+        assert "unmeasured" in str(judge.fitness)
+        assert judge.measure([""], [1]).fit is False
         assert math.isnan(judge.fitness.accuracy)
 
     def test_offline_judges_of_the_embedded_task(self):

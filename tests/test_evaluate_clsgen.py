@@ -136,6 +136,11 @@ def test_an_ended_run_goes_on_and_a_second_one_asks_nothing_again(checkpoint, ta
     assert journal.read_text() == "".join(lines)
 
 
+def test_calibration_on_training_rows_says_so(checkpoint, task, tmp_path):
+    found = evaluate(checkpoint, task, tmp_path / "out", split="train", modes=["none"])
+    assert set(found["calibration"]) == {"validation (calibrated on it)", "tiny/train (trained on it)"}
+
+
 def test_answers_of_another_model_are_not_used(checkpoint, task, tmp_path):
     output = tmp_path / "out"
     evaluate(checkpoint, task, output)
@@ -145,6 +150,10 @@ def test_answers_of_another_model_are_not_used(checkpoint, task, tmp_path):
     with pytest.raises(ValueError, match="another run"):
         evaluate(str(tmp_path / "other"), task, output)
     evaluate(str(tmp_path / "other"), task, output, overwrite=True)
+    template = tmp_path / "other" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another #}")
+    with pytest.raises(ValueError, match="another run"):
+        evaluate(str(tmp_path / "other"), task, output)
 
 
 def test_speed_is_measured_of_what_is_asked_for(checkpoint, task, tmp_path):

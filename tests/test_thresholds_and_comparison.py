@@ -167,6 +167,12 @@ def test_a_model_against_itself_is_untested_not_significant():
     assert all(entry["value"] == entry["low"] == entry["high"] == 0 for entry in found["differences"].values())
 
 
+def test_a_perfect_ranking_against_a_constant_is_untested_but_not_alike():
+    found = delong([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9], [0.5] * 4)
+    assert (found["difference"], found["p_value"]) == (0.5, None)
+    assert "alike" not in found["reason"]
+
+
 def test_one_class_is_untested():
     found = compare([1, 1, 1], [0.2, 0.3, 0.4], [0.3, 0.2, 0.5], [0, 0, 0], [0, 0, 1], samples=100)
     assert found["delong"]["reason"] == "fewer than two rows of a label"
