@@ -1,17 +1,15 @@
 """Timings that can be compared: the sides of a comparison take turns in one process, and medians are reported."""
 
 import platform
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "scikit-learn")
+from clsgen import run_record
 
 
 def take_turns(sides: dict[str, Callable[[], Any]], repeats: int, warm: bool = False) -> dict[str, list[float]]:
@@ -49,10 +47,6 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_run() -> dict[str, Any]:
-    """Machine, versions and command, for a result file."""
+    """Machine, command, commit and versions, for a result file."""
     module = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
-    return {
-        "machine": describe_machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-    }
+    return {"machine": describe_machine(), **run_record.describe_run("-m", [module, *sys.argv[1:]])}

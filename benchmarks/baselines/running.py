@@ -1,8 +1,8 @@
 """What all baselines share: a task's rows in, a result file out that is made as CLSGen's own is.
 
 Each is fitted on the training split; what a system searches over (its `chosen` says what was found) is decided by the
-validation split, on which temperature, bias and threshold are then fitted as `train_sft_cls.py` does. The test split is
-scored once, at the end.
+validation split, on which temperature, bias and threshold are then fitted as `train_sft_cls.py` does. The test split
+is scored once, at the end.
 """
 
 import logging
