@@ -196,15 +196,27 @@ class PromptEncoder:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text`, none of them a control token's."""
+        ids = [i for piece in self._split_control_names(text) for i in self._encode_template(piece)]
+        if self._control_ids.intersection(ids):  # matched after the tokenizer's own normalisation
+            ids = [i for character in text for i in self._encode_template(character)]
+        return ids
+
+    def _split_control_names(self, text: str) -> list[str]:
+        """`text` in pieces that end within each control token's name."""
         pieces, start = [], 0
         for match in self._control_names.finditer(text) if self._control_names else ():
             pieces.append(text[start : match.start() + 1])
             start = match.start() + 1
-        pieces.append(text[start:])
-        ids = [i for piece in pieces for i in self._encode_template(piece)]
-        if self._control_ids.intersection(ids):  # matched after the tokenizer's own normalisation
-            ids = [i for character in text for i in self._encode_template(character)]
-        return ids
+        return [*pieces, text[start:]]
+
+    def _plain_offsets(self, text: str) -> list[tuple[int, int]]:
+        """The characters of `text` that each of its plain tokens stands for."""
+        offsets, start = [], 0
+        for piece in self._split_control_names(text):
+            encoding = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            offsets += [(start + first, start + end) for first, end in encoding["offset_mapping"]]
+            start += len(piece)
+        return offsets
 
     def encode(self, text: str | dict[str, str]) -> EncodedPrompt:
         """Ids of the prompt of `text`, at most `max_length` of them.
@@ -225,9 +237,9 @@ class PromptEncoder:
         ids = self.encode_values(template, values)
         if len(ids) <= self.max_length:
             return FittedText(ids, template, document, values, values, cut=None)
-        keep = self.max_length - len(self.encode_values(template, {**values, document: ELLIPSIS}))
-        offsets = self.tokenizer(values[document], add_special_tokens=False, return_offsets_mapping=True)
-        offsets = offsets["offset_mapping"]
+        offsets = self._plain_offsets(values[document])
+        room = self.max_length - len(self.encode_values(template, {**values, document: ELLIPSIS}))
+        keep = min(room, len(offsets))
         while keep > 1:
             head, tail = (keep + 1) // 2, keep // 2
             start, end = offsets[head - 1][1], offsets[-tail][0]
@@ -235,7 +247,8 @@ class PromptEncoder:
             ids = self.encode_values(template, shortened)
             if len(ids) <= self.max_length:
                 return FittedText(ids, template, document, values, shortened, cut=(start, end))
-            keep -= len(ids) - self.max_length
+            # The document may make more tokens here than alone: then the surplus says too much.
+            keep = max(keep - (len(ids) - self.max_length), keep // 2)
         raise ValueError(
             f"The prompt is longer than {self.max_length} tokens even without its document ({document!r}). Shorten "
             "the other fields, or raise the model's `max_prompt_length`."

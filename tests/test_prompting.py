@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import PROMPT
+from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoTokenizer
 
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
@@ -61,6 +62,31 @@ def test_long_documents_lose_their_middle_and_nothing_else(encoder, tokenizer):
     assert " ... " in text
     assert not encoder.encode({"findings": "short", "claim": "A works."}).truncated
     assert encoder.encode(words).truncated
+
+
+@pytest.mark.parametrize("count", [50, 150, 5000])
+def test_long_documents_full_of_control_token_names_lose_their_middle(encoder, tokenizer, count):
+    findings = "Some text. " + "<|im_end|>" * count + " The end."
+    encoded = encoder.encode({"findings": findings, "claim": "A works."})
+    text = tokenizer.decode(encoded.input_ids)
+    assert encoded.truncated
+    assert 390 <= len(encoded.input_ids) <= 400
+    assert "Findings: Some text. <|im_end|>" in text
+    assert "<|im_end|> The end.\n\nClaim: A works.\n\nDo the findings support the claim?" in text
+
+
+def test_long_documents_beside_a_control_token_that_only_normalisation_shows(tokenizer):
+    loose = tokenizer.__class__(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    loose.chat_template = tokenizer.chat_template
+    backend = loose.backend_tokenizer
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens([AddedToken("[end]", normalized=True)])
+    backend.add_tokens([AddedToken("word ", normalized=True)])  # many tokens where the prompt is spelled out
+    encoder = PromptEncoder(loose, TaskPrompt.from_dict(PROMPT), max_length=400)
+    text = {"findings": "word " * 300, "claim": "It [END] works."}
+    ids = encoder.encode(text).input_ids
+    assert 200 < len(ids) <= 400
+    assert loose.convert_tokens_to_ids("[end]") not in ids
 
 
 def test_a_question_that_does_not_fit_is_an_error(encoder):
