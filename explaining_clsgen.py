@@ -1,7 +1,7 @@
 """Explanations: one prefill gives the number, and its KV cache the words."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable
 from itertools import chain
 from threading import Event, Thread
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.generation import GenerationMode
 
 from .batching_clsgen import alike, pad_left, pass_tokens, token_batches
 from .caching_clsgen import SharedPrefix, can_be_padded_within, joined
-from .prompting_clsgen import VERDICT_PREFIX, EncodedPrompt
+from .prompting_clsgen import EncodedPrompt, TaskPrompt
 
 # Options of `generate` that mean the same when a batch is generated in several calls, each from where the last ended.
 _RESUMABLE = {
@@ -174,8 +174,11 @@ class Prefill:
             options["past_key_values"] = self.cache
         return {**self.batch, **options, "return_dict_in_generate": False}
 
-    def explain(self, generate_kwargs: dict[str, Any]) -> list[str]:
-        """Explanations of the batch; rows that have ended leave it while the others go on."""
+    def explain(self, generate_kwargs: dict[str, Any]) -> list[tuple[int | None, str]]:
+        """Explanations of the batch, each as [`TaskPrompt.split_verdict_line`] gives it.
+
+        Rows that have ended leave the batch while the others go on.
+        """
         if generate_kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("`num_return_sequences` must be 1: a prediction holds one explanation.")
         inputs = self.start(generate_kwargs)
@@ -184,7 +187,7 @@ class Prefill:
         droppable = len(self.cls_logits) > 3 and set(generate_kwargs) <= _RESUMABLE
         rows = (generate_dropping_ended_rows if droppable else _generate_whole_batch)(self.model, inputs)
         texts = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [self.model.encoder.prompt.strip_verdict_line(text) for text in texts]
+        return [self.model.encoder.prompt.split_verdict_line(text) for text in texts]
 
 
 def _is_assisted(config: GenerationConfig, options: dict[str, Any]) -> bool:
@@ -232,12 +235,17 @@ def generate_dropping_ended_rows(model: Any, inputs: dict[str, Any]) -> list[lis
     return new_ids
 
 
-def stream_pieces(model: Any, inputs: dict[str, Any], timeout: float | None = None) -> Iterator[str]:
-    """Pieces of one explanation while it is generated in a thread; closing the iterator ends the generation.
+def stream_pieces(
+    model: Any, inputs: dict[str, Any], timeout: float | None = None
+) -> Generator[str, None, tuple[int | None, str]]:
+    """Pieces of one explanation while it is generated in a thread; closing the generator ends the generation.
 
     Args:
         model, inputs: See [`generate_dropping_ended_rows`], with one row.
         timeout (`float`, *optional*): Longest wait for a piece, in seconds.
+
+    Returns:
+        The whole, as [`TaskPrompt.split_verdict_line`] gives it.
     """
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=timeout, skip_special_tokens=True)
     cancelled, failures = _Cancelled(), []
@@ -254,31 +262,25 @@ def stream_pieces(model: Any, inputs: dict[str, Any], timeout: float | None = No
     thread = Thread(target=generate, name=STREAM_THREAD, daemon=True)
     thread.start()
     try:
-        yield from _without_verdict_line(streamer)
+        explanation = yield from _without_verdict_line(streamer, model.encoder.prompt)
     finally:
         cancelled.event.set()
         thread.join()
     if failures:
         raise failures[0]
+    return explanation
 
 
-def _without_verdict_line(pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces, without a leading verdict line and white space."""
-    held: str | None = ""
+def _without_verdict_line(pieces: Iterable[str], prompt: TaskPrompt) -> Generator[str, None, tuple[int | None, str]]:
+    """Yields what `prompt.split_verdict_line` leaves of a text that comes in pieces, and returns what it finds."""
+    text, told = "", 0
     for piece in pieces:
-        if held is None:
-            yield piece
-            continue
-        held = (held + piece).lstrip()
-        if held.startswith(VERDICT_PREFIX):
-            _, newline, rest = held.partition("\n")
-            held = rest.lstrip() if newline else held
-            if not newline:
-                continue
-        elif VERDICT_PREFIX.startswith(held):
-            continue
-        if held:
-            yield held
-            held = None
-    if held and not held.startswith(VERDICT_PREFIX):
-        yield held
+        text += piece
+        words = "" if prompt.may_become_verdict_line(text) else prompt.split_verdict_line(text)[1]
+        if len(words) > told:
+            yield words[told:]
+            told = len(words)
+    label, words = prompt.split_verdict_line(text)
+    if len(words) > told:
+        yield words[told:]
+    return label, words

@@ -300,8 +300,8 @@ class ClsGenInferenceMixin:
         generate_kwargs: dict[str, Any],
     ) -> list[Prediction]:
         readings = [None] * len(predictions) if labels is None else prefill.read_verdicts(labels).tolist()
-        names = [None if labels is None else self.config.label_names[labels[i]] for i in range(len(predictions))]
-        words = prefill.explain(generate_kwargs)
+        written, words = zip(*prefill.explain(generate_kwargs), strict=True)
+        names = [None if label is None else self.config.label_names[label] for label in labels or written]
         return [
             replace(prediction, explanation=text, explained_label=name, lm_probability=reading)
             for prediction, text, name, reading in zip(predictions, words, names, readings, strict=True)
@@ -355,11 +355,10 @@ class ClsGenInferenceMixin:
             prediction = replace(prediction, explained_label=name, lm_probability=reading)
         yield prediction
         inputs = prefill.start(generate_kwargs)
-        pieces = []
-        for piece in stream_pieces(self, inputs, timeout):
-            pieces.append(piece)
-            yield piece
-        yield replace(prediction, explanation="".join(pieces).strip())
+        written, words = yield from stream_pieces(self, inputs, timeout)
+        if mode == "free" and written is not None:
+            prediction = replace(prediction, explained_label=self.config.label_names[written])
+        yield replace(prediction, explanation=words)
 
     async def astream(self, text: Text, mode: str | None = None, **kwargs) -> AsyncIterator[Prediction | str]:
         """[`stream`] for `async for`: the event loop stays free while the model works."""

@@ -34,8 +34,9 @@ class Prediction:
         logit (`float`): Of the head, before calibration, corrected for the `pos_weight` of training.
         threshold (`float`): The decision threshold on `probability`.
         explanation (`str`, *optional*): In words; `None` from `classify`.
-        explained_label (`str`, *optional*): The label that the explanation was told to argue for; `None` in `free`
-            mode.
+        explained_label (`str`, *optional*): The label of the verdict line before the explanation: the one that the
+            words were told to argue for, or in `free` mode the LM's own, which may not be `label` (`None` where it
+            wrote no verdict line).
         lm_probability (`float`, *optional*): The LM's own probability of the verdict of label 1 against that of label
             0, without a hint. `None` from `classify` and in `free` mode.
         truncated (`bool`): Whether the text was too long, and read without the middle of its document.

@@ -68,10 +68,18 @@ class TaskPrompt:
         """The line that a guided explanation of `label` (0 or 1) starts with."""
         return f"{VERDICT_PREFIX} {self.verdicts[label]}.\n"
 
-    def strip_verdict_line(self, text: str) -> str:
-        """`text` without a leading verdict line, and without white space at its ends."""
+    def split_verdict_line(self, text: str) -> tuple[int | None, str]:
+        """The label of the verdict line that `text` begins with (`None` without one), and the words behind it."""
         text = text.strip()
-        return text.partition("\n")[2].strip() if text.startswith(VERDICT_PREFIX) else text
+        for label in sorted((0, 1), key=lambda label: -len(self.verdicts[label])):  # one may begin with the other
+            line = self.verdict_line(label).strip()
+            if text.startswith(line):
+                return label, text[len(line) :].strip()
+        return None, text
+
+    def may_become_verdict_line(self, text: str) -> bool:
+        """Whether `text`, the beginning of a longer one, can still turn out to be a verdict line."""
+        return any(self.verdict_line(label).startswith(text.lstrip()) for label in (0, 1))
 
     def check_text(self, text: Any) -> dict[str, str]:
         """The text's fields; a `str` is a whole text, in the place of the filled-in template.

@@ -99,8 +99,9 @@ class Judge(ABC):
 
     def visible(self, explanation: str | None) -> str:
         """What the judge gets to see of an explanation: no verdict line; may be empty."""
-        text = self._verdict_line.sub("", explanation or "")
-        text = self.prompt.strip_verdict_line(text)
+        text = self._verdict_line.sub("", explanation or "").strip()
+        if text.startswith(VERDICT_PREFIX):  # a verdict in other words than the task's
+            text = text.partition("\n")[2].strip()
         return text if self.keeps_verdict else without_last_sentence(text)
 
     @abstractmethod

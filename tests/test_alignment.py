@@ -135,6 +135,7 @@ class TestJudges:
             ("Verdict: not supported. It is good.", ["It is good."]),
             ("It is good.\nVERDICT: not supported", ["It is good."]),
             ("Verdict: maybe.\nIt is good.", ["It is good."]),
+            ("Verdict: supported.\nVerdict: maybe.\nIt is good.", ["It is good."]),
             ("Verdict: supported.", []),
             (" ", []),
             (None, []),

@@ -54,7 +54,7 @@ def test_guided_explanations_are_plain_generation_behind_the_verdict_line(any_mo
     ids = any_model.encoder.encode(texts[0]).input_ids + any_model.encoder.encode_verdict(prediction.label_id)
     generated = any_model.generate(torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :]
     expected = any_model.tokenizer.decode(generated, skip_special_tokens=True)
-    assert prediction.explanation == any_model.encoder.prompt.strip_verdict_line(expected)
+    assert prediction.explanation == any_model.encoder.prompt.split_verdict_line(expected)[1]
 
 
 def test_free_explanations_are_plain_generation(any_model, texts):
@@ -62,8 +62,28 @@ def test_free_explanations_are_plain_generation(any_model, texts):
     ids = any_model.encoder.encode(texts[1]).input_ids
     generated = any_model.generate(torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :]
     expected = any_model.tokenizer.decode(generated, skip_special_tokens=True)
-    assert prediction.explanation == any_model.encoder.prompt.strip_verdict_line(expected)
+    assert prediction.explanation == any_model.encoder.prompt.split_verdict_line(expected)[1]
     assert prediction.lm_probability is None
+
+
+@pytest.mark.parametrize(
+    ("written", "label"), [("Verdict: supported.\nAb.", "supported"), ("Verdict: not", None), ("Ab.", None)]
+)
+def test_free_explanations_tell_the_label_that_the_lm_wrote(model, texts, written, label):
+    ids = [*model.encoder.encode_plain(written), model.encoder.end_of_turn_id]
+    start = len(model.encoder.encode(texts[0]).input_ids)
+
+    def script(input_ids, scores):
+        wanted = torch.tensor([ids[input_ids.shape[1] - start]])
+        return torch.full_like(scores, -torch.inf).index_fill(1, wanted, 0.0)
+
+    prediction = model.classify_and_explain(texts[0], mode="free", logits_processor=[script])
+    assert prediction.explained_label == label
+    assert prediction.explanation == written.removeprefix("Verdict: supported.\n")
+    first, *pieces, last = model.stream(texts[0], mode="free", logits_processor=[script])
+    assert first.explained_label is None
+    assert "".join(pieces) == last.explanation == prediction.explanation
+    assert last.explained_label == label
 
 
 def test_lm_probability_is_that_of_the_verdict_lines(model, texts):

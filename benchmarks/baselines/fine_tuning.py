@@ -180,7 +180,7 @@ class SftOnly(_FineTuned):
                 )
                 texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
                 for i, text in zip(indices, texts, strict=True):
-                    found[i] = self._encoder.prompt.strip_verdict_line(text)
+                    found[i] = self._encoder.prompt.split_verdict_line(text)[1]
                 bar.update(len(indices))
         return found
 
