@@ -13,7 +13,7 @@ from .attribution_clsgen import occlusions
 from .batching_clsgen import pass_tokens, token_batches, windows
 from .caching_clsgen import SharedPrefix
 from .explaining_clsgen import Prefill, stream_pieces
-from .prediction_clsgen import Attribution, DecisionRule, Prediction
+from .prediction_clsgen import Attribution, DecisionRule, NoNumberError, Prediction
 from .prompting_clsgen import EncodedPrompt, PromptEncoder, TaskPrompt
 
 Text = str | dict[str, str]
@@ -109,8 +109,11 @@ class ClsGenInferenceMixin:
                 prefix = SharedPrefix.of(self, [prompt.input_ids for prompt in prompts], whole)
                 lengths = [len(prompt.input_ids) for prompt in prompts]
                 for indices in token_batches(lengths, max_batch_tokens or pass_tokens(self.device), batch_size):
-                    with torch.inference_mode():  # here, not around the loop: callers run their own code in between
-                        answers = predict([prompts[i] for i in indices], prefix)
+                    try:
+                        with torch.inference_mode():  # here, not around the loop: callers run their own code between
+                            answers = predict([prompts[i] for i in indices], prefix)
+                    except NoNumberError as error:
+                        raise NoNumberError(sorted(done + indices[row] for row in error.texts)) from error
                     predictions.update(zip(indices, answers, strict=True))
                     bar.update(len(indices))
                 done += len(window)
@@ -173,7 +176,8 @@ class ClsGenInferenceMixin:
             [`Prediction`], or for a list a list of them in the same order.
 
         Raises:
-            TypeError, ValueError: for a text or `prior` that cannot be used, naming its place and what is wrong.
+            TypeError, ValueError: for a text or `prior` that cannot be used, naming its place and what is wrong; for
+                a text whose logit is not a number ([`NoNumberError`]).
         """
         single = isinstance(texts, str | dict)
         options = {"prior": prior, "attributions": attributions, "max_batch_tokens": max_batch_tokens}

@@ -60,6 +60,15 @@ def text_of(row: dict[str, Any], fields: list[str], text_column: str | None) -> 
     return {name: row.get(name) or "" for name in fields}
 
 
+def predict_texts(model: Any, texts: list[Any], arguments: PredictArguments) -> list[Any]:
+    """The predictions that the command asks for."""
+    options = {"batch_size": arguments.batch_size, "prior": arguments.prior}
+    if not arguments.explain:
+        return model.classify(texts, **options)
+    length = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
+    return model.classify_and_explain(texts, mode=arguments.mode, **options, **length)
+
+
 def answer_rows(model: Any, rows: list[dict[str, Any]], first: int, arguments: PredictArguments) -> list[dict]:
     """Answers of rows, whose places in the file start at `first` (counted from 1).
 
@@ -67,22 +76,31 @@ def answer_rows(model: Any, rows: list[dict[str, Any]], first: int, arguments: P
         ValueError: for a row that can't be answered, with `--on_error fail`.
     """
     fields = model.encoder.prompt.fields
-    texts, errors = [], {}
+    texts, errors = {}, {}
+
+    def refuse(i: int, reason: str, error: Exception) -> None:
+        if arguments.on_error == "fail":
+            raise ValueError(f"{arguments.input}, row {first + i}: {reason}") from error
+        errors[i] = reason
+
     for i, row in enumerate(rows):
         text = text_of(row, fields, arguments.text_column)
         try:
             model.encoder.encode(text)
-            texts.append(text)
+            texts[i] = text
         except (TypeError, ValueError) as error:
-            if arguments.on_error == "fail":
-                raise ValueError(f"{arguments.input}, row {first + i}: {error}") from error
-            errors[i] = str(error)
-    options = {"batch_size": arguments.batch_size, "prior": arguments.prior}
-    if arguments.explain:
-        length = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
-        predictions = iter(model.classify_and_explain(texts, mode=arguments.mode, **options, **length))
-    else:
-        predictions = iter(model.classify(texts, **options))
+            refuse(i, str(error), error)
+    predictions = None
+    while predictions is None:
+        try:
+            predictions = iter(predict_texts(model, list(texts.values()), arguments))
+        except ValueError as error:
+            if type(error).__name__ != "NoNumberError":  # of the checkpoint's own code, so no class to import
+                raise
+            rows_left = list(texts)
+            for i in (rows_left[place] for place in error.texts):
+                del texts[i]
+                refuse(i, error.reason, error)
     answers = []
     for i in range(len(rows)):
         values = dict.fromkeys(COLUMNS)

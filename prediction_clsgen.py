@@ -88,6 +88,23 @@ class Prediction:
         return head if self.explanation is None else f"{head}: {self.explanation}"
 
 
+class NoNumberError(ValueError):
+    """The head's logit of some texts is not a number, so nothing can be said about them.
+
+    Args:
+        texts (`list[int]`): Their places among the texts given.
+    """
+
+    reason = (
+        "The head's logit is not a number: hidden states overflowed, or weights are broken. If the model runs in "
+        "float16, load it with `dtype=torch.bfloat16` or `torch.float32`."
+    )
+
+    def __init__(self, texts: list[int]):
+        super().__init__(f"{len(texts)} text(s), {texts}: {self.reason}")
+        self.texts = texts
+
+
 @dataclass(frozen=True)
 class DecisionRule:
     """Turns raw head logits into predictions.
@@ -151,7 +168,13 @@ class DecisionRule:
     def predict(
         self, logits: torch.FloatTensor, truncated: list[bool], prior: float | None = None
     ) -> list[Prediction]:
-        """Predictions without explanations, from raw head logits of shape `(n,)`."""
+        """Predictions without explanations, from raw head logits of shape `(n,)`.
+
+        Raises:
+            NoNumberError: for logits that are nan; infinite ones are certain.
+        """
+        if logits.isnan().any():
+            raise NoNumberError(logits.isnan().nonzero()[:, 0].tolist())
         shift = self.prior_shift(prior)
         corrected, probabilities = self.calibrated(logits)
         shifted = torch.sigmoid(torch.logit(probabilities) + shift) if shift else probabilities

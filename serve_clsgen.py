@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoModel, HfArgumentParser
 
 logger = logging.getLogger("clsgen.serve_clsgen")
+FAILED = "The model failed on this request; the server's log says why."
 
 
 @dataclass
@@ -110,14 +111,19 @@ class Batcher:
                 request = item[0]
                 options = (request.explain, request.mode, request.prior, request.attributions, request.max_new_tokens)
                 groups.setdefault(options, []).append(item)
-            for items in groups.values():
+            pending = list(groups.values())
+            while pending:
+                items = pending.pop()
                 try:
                     predictions = await loop.run_in_executor(
                         self._executor, self._predict, [item[0] for item in items]
                     )
-                except Exception as error:  # one group's failure is that group's answer, not the server's end
-                    logger.exception("A batch failed")
-                    answers = [(future, error) for _, future in items]
+                except Exception as error:  # one request's failure is its own answer, not that of its company
+                    logger.exception("A batch of %d failed", len(items))
+                    if len(items) > 1:
+                        pending += [[item] for item in items]
+                        continue
+                    answers = [(items[0][1], error)]
                 else:
                     answers = [(item[1], found) for item, found in zip(items, predictions, strict=True)]
                 for future, answer in answers:
@@ -214,7 +220,7 @@ def create_app(model: Any, arguments: ServeArguments) -> FastAPI:
         except asyncio.TimeoutError as error:
             raise HTTPException(504, f"No answer within {arguments.timeout_s:g} s.") from error
         except Exception as error:
-            raise HTTPException(500, "The model failed on this request; the server's log says why.") from error
+            raise HTTPException(500, getattr(error, "reason", FAILED)) from error
         return prediction.to_dict()
 
     async def checked_stream(request: PredictRequest) -> AsyncIterator[ServerSentEvent]:
@@ -223,12 +229,16 @@ def create_app(model: Any, arguments: ServeArguments) -> FastAPI:
                 request.text, request.mode, prior=request.prior, timeout=arguments.timeout_s, **length_of(request)
             )
             first = True
-            async for event in events:
-                if isinstance(event, str):
-                    yield ServerSentEvent(data=event, event="text")
-                else:
-                    yield ServerSentEvent(data=event.to_dict(), event="prediction" if first else "done")
-                first = False
+            try:
+                async for event in events:
+                    if isinstance(event, str):
+                        yield ServerSentEvent(data=event, event="text")
+                    else:
+                        yield ServerSentEvent(data=event.to_dict(), event="prediction" if first else "done")
+                    first = False
+            except Exception as error:  # the status is sent already
+                logger.exception("A stream failed")
+                yield ServerSentEvent(data=getattr(error, "reason", FAILED), event="error")
 
     async def admitted(request: PredictRequest) -> PredictRequest:
         if streams.locked():
@@ -238,7 +248,10 @@ def create_app(model: Any, arguments: ServeArguments) -> FastAPI:
 
     @app.post("/predict/stream", response_class=EventSourceResponse)
     async def predict_stream(request: PredictRequest = Depends(admitted)) -> AsyncIterator[ServerSentEvent]:  # noqa: B008
-        """Server-sent events: `prediction` at once, then `text` pieces, then `done` with the finished prediction."""
+        """Server-sent events: `prediction` at once, then `text` pieces, then `done` with the finished prediction.
+
+        Where the model fails, `error` says why and is the last.
+        """
         async for event in checked_stream(request):
             yield event
 

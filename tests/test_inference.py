@@ -17,6 +17,7 @@ from clsgen.batching_clsgen import token_batches
 from clsgen.caching_clsgen import SharedPrefix, can_be_padded_within, growing_cache
 from clsgen.early_exit_clsgen import decoder_up_to
 from clsgen.explaining_clsgen import STREAM_THREAD, Prefill, generate_dropping_ended_rows
+from clsgen.prediction_clsgen import NoNumberError
 
 
 def test_probability_is_the_training_forwards(any_model, texts):
@@ -129,6 +130,16 @@ def test_bad_input_is_named(model):
         model.classify([None])
     with pytest.raises(ValueError, match="'guided' or 'free'"):
         model.classify_and_explain("text", mode="verbose")
+
+
+@pytest.mark.parametrize("method", ["classify", "classify_and_explain"])
+def test_texts_without_a_number_are_named_by_their_places(backbones, texts, method):
+    model = build(backbones["qwen3"])  # its LM head has weights of its own
+    token = model.tokenizer.convert_tokens_to_ids("~")
+    model.get_input_embeddings().weight.data[token] = float("nan")
+    broken = {**texts[0], "claim": "A ~ B."}
+    with pytest.raises(NoNumberError, match=r"2 text\(s\), \[1, 4\]"):
+        getattr(model, method)([texts[0], broken, *texts[2:], broken])
 
 
 def test_the_head_is_read_without_the_layers_above_it(any_model, texts):

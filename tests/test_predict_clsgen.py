@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import build
 
 from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.predict_clsgen import main
@@ -105,6 +107,27 @@ def test_a_bad_row_stops_the_run_or_is_written_with_its_error(folder, rows, tmp_
     assert [i for i, row in enumerate(answered) if row["clsgen_error"]] == [3]
     assert answered[3]["clsgen_label"] == ""
     assert "1 rows with an error" in caplog.text
+
+
+@pytest.mark.parametrize("explain", ["true", "false"])
+def test_a_row_without_a_number_stops_the_run_or_is_written_with_its_error(backbones, rows, tmp_path, caplog, explain):
+    model = build(backbones["qwen3"])  # its LM head has weights of its own
+    model.generation_config.max_new_tokens = 4
+    model.get_input_embeddings().weight.data[model.tokenizer.convert_tokens_to_ids("~")] = float("nan")
+    folder = str(write_checkpoint(model, tmp_path / "model", REPORT))
+    rows[1]["claim"] = ""
+    rows[3]["claim"] = rows[6]["claim"] = "A ~ B."
+    source, target = save(tmp_path / "in.csv", rows), tmp_path / "out.csv"
+    command = ["--model", folder, "--input", source, "--output", str(target), "--explain", explain]
+    assert main([*command, "--batch_size", "2", "--on_error", "skip"]) == 0
+    answered = list(read_rows(target))
+    assert [i for i, row in enumerate(answered) if row["clsgen_error"]] == [1, 3, 6]
+    assert all("not a number" in answered[i]["clsgen_error"] for i in (3, 6))
+    assert all(row["clsgen_label"] for i, row in enumerate(answered) if i not in (1, 3, 6))
+    rows[1]["claim"] = "B."
+    save(tmp_path / "in.csv", rows)
+    assert main([*command, "--overwrite", "true"]) == 1
+    assert re.search("row [47]: The head's logit is not a number", caplog.text)
 
 
 def test_what_cannot_work_is_refused_before_any_row(folder, rows, tmp_path, caplog):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from clsgen.prediction_clsgen import Attribution, DecisionRule, Prediction
+from clsgen.prediction_clsgen import Attribution, DecisionRule, NoNumberError, Prediction
 
 
 def rule(**changes):
@@ -51,6 +51,14 @@ def test_prediction_sets_and_abstention():
     moved = rule(conformal_quantiles=(0.6, 0.3), base_rate=0.5).predict(logits, [False] * 3, prior=0.001)
     assert [p.prediction_set for p in moved] == sets
     assert rule().predict(logits, [False] * 3)[0].abstained is None
+
+
+def test_a_logit_that_is_not_a_number_is_refused_and_an_infinite_one_is_certain():
+    logits = torch.tensor([0.5, math.nan, -1.0, math.nan])
+    with pytest.raises(NoNumberError, match=r"2 text\(s\), \[1, 3\]: .* not a number.*bfloat16"):
+        rule().predict(logits, [False] * 4)
+    certain = rule(base_rate=0.5).predict(torch.tensor([math.inf, -math.inf]), [False] * 2, prior=0.1)
+    assert [(p.label_id, p.probability) for p in certain] == [(1, 1.0), (0, 0.0)]
 
 
 def test_a_prediction_is_json():

@@ -137,6 +137,18 @@ def test_a_full_queue_and_a_slow_answer_are_told_so(model, monkeypatch):
         assert client.post("/predict", json=body).status_code == 200
 
 
+def test_a_text_without_a_number_fails_alone_and_says_why(model):
+    model.get_input_embeddings().weight.data[model.tokenizer.convert_tokens_to_ids("~")] = float("nan")
+    bodies = [{"text": text, "explain": False} for text in ("fine", "A ~ B.", "fine as well")]
+    with serving(model, max_wait_ms=500) as client, ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda body: client.post("/predict", json=body), bodies))
+        assert [answer.status_code for answer in answers] == [200, 500, 200]
+        assert "not a number" in answers[1].text
+        ((name, reason),) = events_of(client.post("/predict/stream", json={"text": "A ~ B."}))
+        assert name == "error"
+        assert "not a number" in reason
+
+
 def test_a_failed_batch_fails_alone(model, monkeypatch):
     classify = model.classify
 
