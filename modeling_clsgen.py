@@ -213,7 +213,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Or `inputs_embeds`.
             attention_mask (`torch.Tensor` of shape `(batch_size, cached_and_new_length)`, *optional*): 0 at padding,
                 on either side. Without one, `position_ids` that restart at 0 mark packed sequences, which don't see
-                each other.
+                each other (unless `use_cache` is true: by default, no cache is made then).
             cls_past_scores (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): From the call that computed
                 `past_key_values`, where the prompt goes on in this one.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids, -100 where
@@ -236,6 +236,9 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
         if labels is not None and keep_all and self.training and not torch.compiler.is_compiling():
             logits_to_keep = supervised_positions(labels)
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is not None and attention_mask is None and past_key_values is None and use_cache is None:
+            use_cache = False  # backbones tell packed sequences apart only where there is no cache
         # `generate` with a static cache hands over masks that are ready for each layer.
         is_2d_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
         lm_mask, lm_position_ids = attention_mask, position_ids
@@ -261,7 +264,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
             **{key: value for key, value in kwargs.items() if key != "return_dict"},
         )
         if position_ids is None:
-            position_ids = torch.arange(length, device=outputs.logits.device)[None]
+            position_ids = past_length + torch.arange(length, device=outputs.logits.device)[None]
         mask = attention_mask[:, -length:] if is_2d_mask else None
         cls_logits, cls_past_scores = self.cls_head(
             [outputs.hidden_states[layer] for layer in layers],

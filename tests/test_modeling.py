@@ -60,7 +60,6 @@ def packed(rows):
         "labels": torch.cat(labels)[None],
         "cls_labels": torch.cat([row[2] for row in rows])[None],
         "position_ids": torch.cat([torch.arange(len(row[0])) for row in rows])[None],
-        "use_cache": False,
     }
 
 
@@ -184,16 +183,17 @@ def test_running_sum_restarts_with_each_sequence_and_goes_on_from_earlier_calls(
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
-def test_a_prompt_may_come_in_chunks(any_model, chunk):
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_prompt_may_come_in_chunks(any_model, chunk, padded):
     ids = torch.randint(3, 250, (2, 17))
     mask = torch.ones_like(ids)
-    mask[0, :4] = 0
+    mask[0, : 4 * padded] = 0
     whole = any_model(ids, attention_mask=mask)
     cache, past_scores = DynamicCache(config=any_model.config.text_config), None
     for start in range(0, 17, chunk):
         part = any_model(
             ids[:, start : start + chunk],
-            attention_mask=mask[:, : start + chunk],
+            attention_mask=mask[:, : start + chunk] if padded else None,
             past_key_values=cache,
             cls_past_scores=past_scores,
         )
