@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -367,11 +368,15 @@ class ClsGenInferenceMixin:
     async def astream(self, text: Text, mode: str | None = None, **kwargs) -> AsyncIterator[Prediction | str]:
         """[`stream`] for `async for`: the event loop stays free while the model works."""
         events = self.stream(text, mode, **kwargs)
+        loop = asyncio.get_running_loop()
+        worker = ThreadPoolExecutor(1)  # one thread: `close` comes after a `next` that nobody waits for any more
         try:
-            while (event := await asyncio.to_thread(next, events, None)) is not None:
+            while (event := await loop.run_in_executor(worker, next, events, None)) is not None:
                 yield event
         finally:
-            await asyncio.to_thread(events.close)
+            closing = loop.run_in_executor(worker, events.close)
+            worker.shutdown(wait=False)
+            await asyncio.shield(closing)
 
     @torch.inference_mode()
     def attribute(self, text: Text, max_batch_tokens: int | None = None) -> tuple[Attribution, ...]:
