@@ -163,14 +163,18 @@ class Prefill:
     def start(self, generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         """The arguments of `generate` that go on from here, with the caller's options. They use this prefill up."""
         config, options = self.model.config, dict(generate_kwargs or {})
+        settled = _settled(self.model.generation_config, options)
         length = self.batch["input_ids"].shape[1]
         self._forget_behind(length - 1)  # `generate` needs a token to start from
         if "max_length" not in options:
-            options.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens or 128)
+            options.setdefault("max_new_tokens", settled.max_new_tokens or 128)
         if config.explanation_no_repeat_ngram_size:
             ours = NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, length)
             options["logits_processor"] = LogitsProcessorList([ours, *options.get("logits_processor", ())])
-        if not _is_assisted(self.model.generation_config, options):
+        mode = settled.get_generation_mode(options.get("assistant_model"))
+        if mode != GenerationMode.ASSISTED_GENERATION:  # that reads the whole prompt, also what a cache holds already
+            if (settled.num_beams or 1) > 1:  # `generate` repeats the ids for its beams, but not a cache
+                self.cache.batch_repeat_interleave(settled.num_beams)
             options["past_key_values"] = self.cache
         return {**self.batch, **options, "return_dict_in_generate": False}
 
@@ -179,22 +183,23 @@ class Prefill:
 
         Rows that have ended leave the batch while the others go on.
         """
-        if generate_kwargs.get("num_return_sequences", 1) != 1:
+        settled = _settled(self.model.generation_config, generate_kwargs)
+        if (settled.num_return_sequences or 1) != 1:
             raise ValueError("`num_return_sequences` must be 1: a prediction holds one explanation.")
         inputs = self.start(generate_kwargs)
-        if generate_kwargs.get("num_beams", 1) > 1:  # `generate` repeats the ids for its beams, but not a cache
-            inputs["past_key_values"].batch_repeat_interleave(generate_kwargs["num_beams"])
-        droppable = len(self.cls_logits) > 3 and set(generate_kwargs) <= _RESUMABLE
+        resumable = set(generate_kwargs) <= _RESUMABLE and (settled.num_beams or 1) == 1
+        droppable = len(self.cls_logits) > 3 and resumable
         rows = (generate_dropping_ended_rows if droppable else _generate_whole_batch)(self.model, inputs)
         texts = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [self.model.encoder.prompt.split_verdict_line(text) for text in texts]
 
 
-def _is_assisted(config: GenerationConfig, options: dict[str, Any]) -> bool:
-    """Whether tokens are drafted first: `generate` then reads the whole prompt, also what a cache holds already."""
-    config = copy.deepcopy(options.get("generation_config") or config)
+def _settled(stored: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
+    """What `generate` goes by: `options`, then the generation config among them, then the stored one."""
+    config = copy.deepcopy(options.get("generation_config") or stored)
+    config.update(**stored.to_dict(), defaults_only=True)
     config.update(**options)
-    return config.get_generation_mode(options.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION
+    return config
 
 
 def _generate_whole_batch(model: Any, inputs: dict[str, Any]) -> list[list[int]]:

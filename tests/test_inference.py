@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import build
+from conftest import VOCABULARY, build
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from clsgen import explaining_clsgen
@@ -316,6 +316,27 @@ def test_generate_options_reach_generate(model, texts):
         model.classify_and_explain(texts[0], do_sample=True, num_return_sequences=2)
     with pytest.raises(ValueError, match="nonsense"):
         model.classify_and_explain(texts[0], nonsense=3)
+
+
+def test_options_may_come_in_a_generation_config_or_be_stored(model, texts):
+    letters = model.tokenizer("abcdefghijklmnopqrstuvwxyz")["input_ids"]
+    model.generation_config.suppress_tokens = [i for i in range(VOCABULARY) if i not in letters]
+
+    def explanations(**kwargs):
+        with torch.inference_mode():
+            prompts = [model.encoder.encode(text) for text in texts]
+            return Prefill(model, prompts).explain(kwargs)
+
+    short, beams = explanations(max_new_tokens=5), explanations(max_new_tokens=5, num_beams=2)
+    assert [len(words) for _, words in short] == [5] * 4
+    assert explanations(generation_config=GenerationConfig(max_new_tokens=5)) == short
+    assert explanations(generation_config=GenerationConfig(max_new_tokens=50), max_new_tokens=5) == short
+    assert explanations(generation_config=GenerationConfig(max_new_tokens=5, num_beams=2)) == beams
+    several = GenerationConfig(do_sample=True, num_return_sequences=2)
+    with pytest.raises(ValueError, match="`num_return_sequences` must be 1"):
+        model.classify_and_explain(texts[0], generation_config=several)
+    model.generation_config.update(max_new_tokens=5, num_beams=2)
+    assert explanations() == beams
 
 
 @pytest.mark.parametrize("mode", ["guided", "free"])
