@@ -98,12 +98,18 @@ def load_task(
     spec = _read_spec(folder / "task.yaml")
     if data_dir is not None or (spec.get("prepare") and not _all_files_exist(folder, spec)):
         _prepare(folder, spec, data_dir)
-    splits, seen = DatasetDict(), {}
+    splits, seen, columns = DatasetDict(), {}, set()
     for source in _load_raw(folder, spec):
+        columns.update(source.columns)
         splits[source.split], skipped = _normalise(source, spec, seen, on_bad_row)
         for problem, count in skipped.items():
             log.warning("%s: skipped %d row(s): %s", source.origin, count, problem)
         log.info("%s/%s: %s", spec["name"], source.split, _in_words(class_counts(splits[source.split])))
+    if "explanation_column" in spec and spec["explanation_column"] not in columns:
+        raise ValueError(
+            f"{folder / 'task.yaml'}: `explanation_column` is {spec['explanation_column']!r}, but no split has that "
+            f"column; found {sorted(columns)}."
+        )
     counts = class_counts(splits["train"])
     if not counts["positive"] or not counts["negative"]:
         raise ValueError(
@@ -126,10 +132,12 @@ def find_task(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def raw_splits(folder: Path, spec: dict[str, Any]) -> DatasetDict:
-    """A task's splits with all their columns, as they stand in its data files."""
-    return DatasetDict(
-        {source.split: Dataset.from_list([row for _, row in source.rows]) for source in _load_raw(folder, spec)}
-    )
+    """A task's splits with all their columns, as they stand in its data files; null where a row has no such column."""
+    splits = DatasetDict()
+    for source in _load_raw(folder, spec):
+        rows = [row for _, row in source.rows]
+        splits[source.split] = Dataset.from_dict({name: [row.get(name) for row in rows] for name in source.columns})
+    return splits
 
 
 def class_counts(dataset: Dataset) -> dict[str, int]:

@@ -7,6 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 import yaml
+from datasets import Dataset
 from huggingface_hub import DatasetCard, ModelCard
 from published_things import tiny_checkpoint, tiny_space, tiny_task
 
@@ -186,6 +187,19 @@ def test_csv_tasks_are_published_too(task, tmp_path):
     dataset_repository(task, "alice/tiny-task").write_to(tmp_path / "out")
     again = load_task(tmp_path / "out" / "datasets" / "alice" / "tiny-task")
     assert again.splits["test"].to_list() == load_task(task).splits["test"].to_list()
+
+
+def test_a_column_that_starts_in_a_later_row_is_published(task, tmp_path):
+    path = task / "train.jsonl"
+    first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+    for name in ("label", "explanation", "area"):
+        del first[name]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [first, *others]))
+    dataset_repository(task, "alice/tiny-task").write_to(tmp_path / "out")
+    folder = tmp_path / "out" / "datasets" / "alice" / "tiny-task"
+    assert load_task(folder).splits["train"].to_list() == load_task(task).splits["train"].to_list()
+    published = Dataset.from_parquet(str(folder / "data" / "train.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert published["area"] == [None, *["x"] * len(others)]
 
 
 def test_dry_run_writes_the_exact_trees(checkpoint, task, space, tmp_path, capsys):

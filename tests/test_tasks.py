@@ -147,6 +147,15 @@ def test_an_id_in_two_splits_is_named(folder, tmp_path):
         load_task(folder(data_files={"train": "train.jsonl", "test": "test.jsonl"}))
 
 
+def test_the_test_split_needs_no_explanation_column(folder, tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"id": "c", "text": "Odd.", "label": 0}))
+    train = [{**row, "why": "So it is."} for row in ROWS]
+    files = {"train": "train.jsonl", "test": "test.jsonl"}
+    splits = load_task(folder(train, data_files=files, explanation_column="why")).splits
+    assert splits["train"]["explanation"] == ["So it is.", "So it is."]
+    assert splits["test"]["explanation"] == [None]
+
+
 def test_label_of_a_parquet_file_may_be_null_but_not_nan(folder, tmp_path):
     from datasets import Dataset
 
@@ -183,6 +192,7 @@ def test_skipped_rows_are_counted_in_the_log(folder, caplog):
         ({"template": "{text} {label}"}, r"`template` must not show \['label'\]"),
         ({"template": "{text} {gold}", "label_column": "gold"}, r"`template` must not show \['gold'\]"),
         ({"id_column": "note"}, r"missing column\(s\) \['note'\]"),
+        ({"explanation_column": "explanaton"}, "task.yaml: `explanation_column` is 'explanaton', but no split has"),
         ({"data_files": ["train.jsonl"]}, "`data_files` needs `train`"),
         ({"data_files": {"train": "train.txt"}}, "end in one of"),
         ({"data_files": {"train": "train.jsonl", "test": "train.jsonl"}}, "are the same file"),
