@@ -24,6 +24,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
 from clsgen.backbones import DEQUANTIZED_SOURCE, dequantized_folder, resolve_backbone
+from clsgen.calibration import THRESHOLD_METHODS
 from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.frozen_layers import FrozenLayers
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
@@ -72,7 +73,7 @@ class TaskArguments:
     )  # fmt: skip
     threshold_method: str = field(
         default="f1", metadata={"help": "How to choose the threshold on the validation split.",
-                                "choices": ["f1", "youden", "fixed"]}
+                                "choices": list(THRESHOLD_METHODS)}
     )  # fmt: skip
     fixed_threshold: float = field(default=0.5, metadata={"help": "The threshold of `--threshold_method fixed`."})
     conformal_error_rate: float = field(
@@ -99,6 +100,21 @@ class TaskArguments:
         default=False, metadata={"help": "For --push_to_hub of a task that is marked `credentialed: true`: you have "
                                          "the right to publish weights made from its data."}
     )  # fmt: skip
+
+    def __post_init__(self):
+        if self.threshold_method not in THRESHOLD_METHODS:  # argparse checks flags alone, not a recipe's values
+            raise ValueError(
+                f"`--threshold_method` must be one of {THRESHOLD_METHODS}, got {self.threshold_method!r}."
+            )
+        if not 0 <= self.fixed_threshold <= 1:
+            raise ValueError(
+                f"`--fixed_threshold` is a probability, between 0 and 1, got {self.fixed_threshold}: 0.5 for 50%."
+            )
+        if not 0 < self.conformal_error_rate < 1:
+            raise ValueError(
+                "`--conformal_error_rate` must lie between 0 and 1, both excluded, got "
+                f"{self.conformal_error_rate}: 0.1 for 10%."
+            )
 
 
 @dataclass
@@ -206,6 +222,19 @@ def show_examples(examples: list[dict[str, Any]]) -> None:
         print(f"  gold label: {example['gold'] or 'none'}; the LM alone: {prediction['lm_probability']}")
 
 
+def check_validation_split(task: Task) -> None:
+    """Refuses a validation split that calibration could not be fitted on; a task may have none."""
+    if "validation" not in task.splits:
+        return
+    counts = class_counts(task.splits["validation"])
+    if not counts["positive"] or not counts["negative"]:
+        raise ValueError(
+            f"The validation split of {task.name!r} needs labelled rows of both classes, for calibration and "
+            f"threshold, got {counts['positive']} positive and {counts['negative']} negative. Add some, or take the "
+            "split out of the task."
+        )
+
+
 def prepare_output_dir(training: ClsGenSFTConfig, task: Task) -> Path:
     """The run's folder, writable; `outputs/<task>` unless asked otherwise."""
     if training.output_dir in (None, "trainer_output"):
@@ -290,10 +319,11 @@ def finish(
     if "test" in task.splits:
         labelled = task.splits["test"].filter(lambda row: row["label"] is not None)
         logger.info("test: %d of %d rows have a label and are scored", len(labelled), len(task.splits["test"]))
-        guided = training.explanation_mode == "guided"
-        rows = encode_rows(labelled, base.encoder, training.max_explanation_length, guided, "test")
-        metrics, predictions = score_test_split(trainer, config, rows, labelled["id"])
-        report.update(metrics)
+        if len(labelled):
+            guided = training.explanation_mode == "guided"
+            rows = encode_rows(labelled, base.encoder, training.max_explanation_length, guided, "test")
+            metrics, predictions = score_test_split(trainer, config, rows, labelled["id"])
+            report.update(metrics)
     report.update(
         cls_reads=config.cls_reads,
         probe=None if probe is None else {"C": probe.inverse_penalty, "cv_auroc": probe.auroc},
@@ -370,6 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(training.seed)
     check_launch(arguments.warm_start, training, model_arguments)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
+    check_validation_split(task)
     output_dir = prepare_output_dir(training, task)
     report = {
         "task": task.name,

@@ -1,6 +1,7 @@
 """The command line, from a task folder to a checkpoint that answers; and what it refuses."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -97,6 +98,48 @@ def test_without_a_validation_split_calibration_is_skipped_and_the_card_says_so(
     assert "validation" not in report
     assert report["calibration"] == {"temperature": 1.0, "bias": 0.0}
     assert "no validation split" in (tmp_path / "out" / "model" / "README.md").read_text()
+
+
+def change_labels(task_folder, split, label):
+    path = task_folder / f"{split}.jsonl"
+    rows = [{**json.loads(line), "label": label} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_test_split_without_labels_is_not_scored(task_folder, backbones, tmp_path, caplog):
+    change_labels(task_folder, "test", None)
+    with caplog.at_level(logging.INFO):
+        main(command(task_folder, backbones["llama"], tmp_path / "out", "--num_examples", "0"))
+    assert "test: 0 of 10 rows have a label and are scored" in caplog.text
+    assert "test" not in json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert json.loads((tmp_path / "out" / "test_predictions.json").read_text()) == []
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("label", [1, None])
+def test_a_validation_split_without_both_classes_is_refused_before_training(task_folder, tmp_path, label):
+    change_labels(task_folder, "validation", label)
+    with pytest.raises(ValueError, match=r"validation split of 'tiny' needs .* both classes.* and 0 negative"):
+        main(command(task_folder, "no-backbone-is-loaded", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threshold_method", "fixed", "--fixed_threshold", "50"], "`--fixed_threshold` .* between 0 and 1, got 50"),
+        (["--conformal_error_rate", "10"], "`--conformal_error_rate` .* both excluded, got 10"),
+    ],
+)
+def test_bad_calibration_settings_are_refused_before_training(task_folder, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        main(command(task_folder, "no-backbone-is-loaded", tmp_path / "out", *flags))
+
+
+def test_a_recipes_choices_are_checked_as_flags_are(task_folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("threshold_method: best\n")
+    with pytest.raises(ValueError, match=r"`--threshold_method` must be one of .* got 'best'"):
+        main(["--config", str(recipe), *command(task_folder, "no-backbone-is-loaded", tmp_path / "out")])
 
 
 def test_a_probe_alone_undoes_its_pos_weight(task_folder, backbones, tmp_path):
