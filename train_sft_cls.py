@@ -269,7 +269,7 @@ def train(
     if training.cache_frozen_layers and not first_layer:
         logger.info("`cache_frozen_layers` has nothing to do: no layer is gone through twice while it stays frozen.")
         training.cache_frozen_layers = False
-    model.config.pos_weight = resolve_pos_weight(training.pos_weight, rows["train"])
+    model.config.pos_weight = resolve_pos_weight(training.pos_weight, rows["train"], model.config.cls_bias)
     probe = start_warm(model, rows["train"], arguments, training, first_layer) if arguments.warm_start else None
     if "validation" not in rows:
         logger.warning("The task has no validation split: no evaluation, no calibration, no choice of checkpoint.")

@@ -126,20 +126,28 @@ class ClsGenSFTConfig(SFTConfig):
             )
 
 
-def resolve_pos_weight(pos_weight: str, rows: Dataset) -> float:
+def resolve_pos_weight(pos_weight: str, rows: Dataset, cls_bias: bool) -> float:
     """`"none"`, `"balanced"` (negatives / positives of the encoded `rows`) or a number, as a number.
 
     Raises:
-        ValueError: for `"balanced"` with rows of one class only.
+        ValueError: for `"balanced"` with rows of one class only; for a weight other than 1 of a head without a bias,
+            which cannot hold the constant that inference subtracts.
     """
     if pos_weight == "none":
         return 1.0
-    if pos_weight != "balanced":
-        return float(pos_weight)
-    counts = label_counts(rows)
-    if not counts["positive"] or not counts["negative"]:
-        raise ValueError(f"`pos_weight='balanced'` needs training rows of both classes, got {counts}.")
-    return counts["negative"] / counts["positive"]
+    if pos_weight == "balanced":
+        counts = label_counts(rows)
+        if not counts["positive"] or not counts["negative"]:
+            raise ValueError(f"`pos_weight='balanced'` needs training rows of both classes, got {counts}.")
+        weight = counts["negative"] / counts["positive"]
+    else:
+        weight = float(pos_weight)
+    if weight != 1 and not cls_bias:
+        raise ValueError(
+            f"`pos_weight={pos_weight!r}` needs a head with a bias, to hold the log of the weight that inference "
+            "subtracts: train with `cls_bias=True`, or with `pos_weight='none'`."
+        )
+    return weight
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
@@ -241,7 +249,7 @@ class ClsGenSFTTrainer(SFTTrainer):
         if self.accelerator.is_fsdp2:
             # Autocast casts where it should. FSDP2's own policy would cast the head and both losses too.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        config.pos_weight = resolve_pos_weight(args.pos_weight, self.train_dataset)
+        config.pos_weight = resolve_pos_weight(args.pos_weight, self.train_dataset, config.cls_bias)
         self._frozen_layers = None
         if args.cache_frozen_layers:
             self._frozen_layers = FrozenLayers(clsgen, first_trained_layer(clsgen), frozen_layers_dir(args))

@@ -296,6 +296,12 @@ def test_refusals(model, task_rows, tmp_path):
         ClsGenSFTTrainer(model, arguments(tmp_path), task_rows, peft_config=PromptTuningConfig(num_virtual_tokens=2))
     with pytest.raises(ValueError, match="needs training rows of both classes"):
         ClsGenSFTTrainer(model, arguments(tmp_path, pos_weight="balanced"), task_rows.select([0, 2]))
+    model.config.cls_bias = False
+    model.set_reads(model.config.cls_reads)
+    for pos_weight in ("3", "balanced"):
+        with pytest.raises(ValueError, match=r"`pos_weight='.*'` needs a head with a bias"):
+            ClsGenSFTTrainer(model, arguments(tmp_path, pos_weight=pos_weight), task_rows.select([0, 1, 2]))
+    ClsGenSFTTrainer(model, arguments(tmp_path, pos_weight="balanced"), task_rows.select([0, 1]))
     for kwargs, message in (
         ({"pos_weight": "-1"}, "pos_weight"),
         ({"pos_weight": "much"}, "pos_weight"),
