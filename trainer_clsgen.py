@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
+from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -426,7 +427,7 @@ class ClsGenSFTTrainer(SFTTrainer):
             # processes would see it, and some would wait for the others for ever when the best one is loaded.
             folder.mkdir(parents=True, exist_ok=True)
             super()._save_checkpoint(model, trial)
-        except OSError as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last: `torch.save` on a full disk
             with contextlib.suppress(OSError):
                 shutil.rmtree(folder)
             raise OSError(

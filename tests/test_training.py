@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import build
 from peft import LoraConfig, PromptTuningConfig
+from safetensors import SafetensorError
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 from torch.nn import functional as F
 
@@ -287,6 +288,27 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(model, task_r
     with pytest.raises(OSError, match="could not be written"):
         trainer._save_checkpoint(trainer.model, trial=None)
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("save_model", SafetensorError("No space left")),
+        ("_save_optimizer_and_scheduler", RuntimeError("write failed")),
+    ],
+)
+def test_a_half_written_checkpoint_is_removed(model, task_rows, tmp_path, monkeypatch, step, error):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path, **settings), train_dataset=task_rows)
+
+    def full_disk(output_dir, **_):
+        (Path(output_dir) / "half").write_text("written")
+        raise error
+
+    monkeypatch.setattr(trainer, step, full_disk)
+    with pytest.raises(OSError, match=f"checkpoint-1 could not be written .{error}"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-1").exists()
 
 
 def test_refusals(model, task_rows, tmp_path):
