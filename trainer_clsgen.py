@@ -22,7 +22,7 @@ from clsgen.classification_metrics import classification_metrics
 from clsgen.frozen_layers import FrozenLayers, first_trained_layer
 from clsgen.losses_clsgen import IGNORE_INDEX, supervised_positions, verdict_loss
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
-from clsgen.training_rows import DataCollatorForClsGen, encode_rows, label_counts, pack_rows
+from clsgen.training_rows import DataCollatorForClsGen, encode_rows, hard_labels, label_counts, pack_rows
 
 LOSSES = {"lm_loss": "lm_weight", "cls_loss": "cls_weight", "verdict_loss": "verdict_weight"}
 EVALUATION_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
@@ -411,11 +411,11 @@ class ClsGenSFTTrainer(SFTTrainer):
         return {name: metrics[name] for name in EVALUATION_METRICS}
 
     def decisions(self, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Logits (corrected for `pos_weight`, float64) and labels of the decisions of a prediction, in row order."""
+        """Logits (corrected for `pos_weight`, float64) and [`hard_labels`] of predicted decisions, in row order."""
         config = self.accelerator.unwrap_model(self.model).config
         labels = np.asarray(prediction.label_ids).ravel()
         logits = np.asarray(prediction.predictions, dtype=np.float64).ravel() - np.log(config.pos_weight)
-        return logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX].astype(np.int64)
+        return logits[labels != IGNORE_INDEX], hard_labels(labels[labels != IGNORE_INDEX])
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes none: TRL's would tell of another model; `publishing/cards.py` makes one of what was measured."""

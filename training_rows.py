@@ -4,8 +4,10 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import ArrayLike
 from transformers.data.data_collator import DataCollatorMixin
 from trl import pack_dataset
 
@@ -27,10 +29,11 @@ def encode_rows(
     """Encodes rows of a task; every row with a label or an explanation comes out as one row.
 
     A row without an explanation ends at its decision token and trains the head alone; one without a label has no
-    decision and trains the LM alone (without a verdict line, for there is no verdict to give).
+    decision and trains the LM alone (without a verdict line, for there is no verdict to give). Of a soft label, the
+    verdict line says the class, see [`hard_labels`].
 
     Args:
-        dataset (`Dataset`): With the task's fields, `label` (0, 1 or null) and `explanation` (string or null), as
+        dataset (`Dataset`): With the task's fields, `label` (0 to 1, or null) and `explanation` (string or null), as
             [`tasks.load_task`] gives it.
         encoder (`PromptEncoder`): The model's.
         max_explanation_length (`int`): Most tokens of verdict line, explanation and end of turn; a longer one is cut.
@@ -57,7 +60,7 @@ def encode_rows(
             raise ValueError(f"{place}: {error}") from error
         completion, cut = [], False
         if explanation:
-            verdict = int(label) if guided and label is not None else None
+            verdict = int(hard_labels(label)) if guided and label is not None else None
             completion, cut = encoder.encode_completion(explanation, verdict, max_explanation_length)
         start = len(prompt.input_ids)
         cls_labels = [float(IGNORE_INDEX)] * (start + len(completion))
@@ -88,14 +91,20 @@ def encode_rows(
     return encoded.remove_columns(["text_cut", "explanation_cut"])
 
 
+def hard_labels(labels: ArrayLike) -> np.ndarray:
+    """Classes of labels that may be soft (between 0 and 1), int64 of the same shape: label 1 from 0.5 on."""
+    return (np.asarray(labels) >= 0.5).astype(np.int64)
+
+
 def label_counts(rows: Dataset) -> dict[str, int]:
     """How many decisions of each class, and how many labelled tokens, encoded rows hold."""
     counts = {"positive": 0, "negative": 0, "decisions": 0, "tokens": 0}
     for row in rows.select_columns(["labels", "cls_labels"]):
         decisions = [label for label in row["cls_labels"] if label != IGNORE_INDEX]
         counts["decisions"] += len(decisions)
-        counts["positive"] += sum(label >= 0.5 for label in decisions)
-        counts["negative"] += sum(label < 0.5 for label in decisions)
+        positive = int(hard_labels(decisions).sum())
+        counts["positive"] += positive
+        counts["negative"] += len(decisions) - positive
         counts["tokens"] += sum(label != IGNORE_INDEX for label in row["labels"])
     return counts
 

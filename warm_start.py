@@ -24,6 +24,7 @@ from clsgen.configuration_clsgen import POOLINGS
 from clsgen.frozen_layers import FrozenLayers, run_layers
 from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
+from clsgen.training_rows import hard_labels
 
 logger = logging.getLogger(__name__)
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -192,7 +193,7 @@ def warm_start(
         frozen_layers = None
     found, labels = extract_features(model, rows, needed, batch_size, frozen_layers)
     features = {(layer, pooling): found[layers[layer], pooling] for layer in layers for pooling in POOLINGS}
-    labels = (labels >= 0.5).astype(int)
+    labels = hard_labels(labels)
     has_bias = model.config.cls_bias
     probe = choose_probe(features, labels, candidates, seed, has_bias)
     columns = np.concatenate([features[read] for read in probe.reads], axis=1).astype(np.float64)

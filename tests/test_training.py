@@ -243,6 +243,19 @@ def test_evaluation_metrics_are_those_of_the_heads_probabilities(model, task_row
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_lm_loss"] + metrics["eval_cls_loss"], rel=1e-6)
 
 
+def test_a_soft_label_counts_for_the_nearer_class(model, task_rows, tmp_path):
+    soft = task_rows.map(lambda row: {"label": row["label"] and 0.9})
+    expected, found = (encode_rows(rows, model.encoder, 60, guided=True) for rows in (task_rows, soft))
+    assert list(found["input_ids"]) == list(expected["input_ids"])
+    assert label_counts(found) == label_counts(expected)
+    assert max(max(row) for row in found["cls_labels"]) == pytest.approx(0.9)
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path), train_dataset=found)
+    metrics = [trainer.evaluate(rows) for rows in (expected, found)]
+    assert metrics[0]["eval_cls_loss"] != metrics[1]["eval_cls_loss"]
+    for name in ("auroc", "average_precision", "f1", "accuracy", "brier", "ece"):
+        assert metrics[1][f"eval_{name}"] == metrics[0][f"eval_{name}"]
+
+
 def test_balanced_pos_weight_and_head_learning_rate(model, task_rows, tmp_path):
     rows = task_rows.select([0, 2, 4, 1])
     trainer = ClsGenSFTTrainer(
