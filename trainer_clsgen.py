@@ -181,7 +181,8 @@ class ClsGenSFTTrainer(SFTTrainer):
             (`input_ids`, `labels`, `cls_labels`).
         processing_class (`PreTrainedTokenizerBase`, *optional*): Defaults to the model's tokenizer.
         peft_config (`PeftConfig`, *optional*): For the backbone; prompt learning is refused.
-        kwargs: As for [`SFTTrainer`].
+        kwargs: As for [`SFTTrainer`]. `compute_metrics` takes the place of the metrics of the head's probabilities; of
+            what it is given, [`ClsGenSFTTrainer.decisions`] makes logits and labels.
 
     Raises:
         TypeError: for another model class.
@@ -255,7 +256,8 @@ class ClsGenSFTTrainer(SFTTrainer):
         if args.cache_frozen_layers:
             self._frozen_layers = FrozenLayers(clsgen, first_trained_layer(clsgen), frozen_layers_dir(args))
         self.loss_is_scaled_for_ga = True
-        self.compute_metrics = self._classification_metrics
+        if self.compute_metrics is None:
+            self.compute_metrics = self._classification_metrics
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if "input_ids" not in dataset.column_names:

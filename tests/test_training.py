@@ -243,6 +243,19 @@ def test_evaluation_metrics_are_those_of_the_heads_probabilities(model, task_row
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_lm_loss"] + metrics["eval_cls_loss"], rel=1e-6)
 
 
+def test_own_metrics_replace_the_usual_ones(model, task_rows, tmp_path):
+    def own_metrics(prediction):
+        return {"decisions": len(trainer.decisions(prediction)[1])}
+
+    trainer = ClsGenSFTTrainer(
+        model, arguments(tmp_path), task_rows, eval_dataset=task_rows, compute_metrics=own_metrics
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_decisions"] == 15
+    assert "eval_cls_loss" in metrics
+    assert "eval_auroc" not in metrics
+
+
 def test_a_soft_label_counts_for_the_nearer_class(model, task_rows, tmp_path):
     soft = task_rows.map(lambda row: {"label": row["label"] and 0.9})
     expected, found = (encode_rows(rows, model.encoder, 60, guided=True) for rows in (task_rows, soft))
