@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 
-from clsgen.prompting_clsgen import TaskPrompt
+from clsgen.prompting_clsgen import TaskPrompt, fill_template
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent
@@ -70,7 +69,7 @@ class Task:
 
     def text_of(self, row: dict[str, Any]) -> str:
         """A row's text: the template with the row's fields in their places."""
-        return re.sub(r"\{(\w+)\}", lambda match: row[match.group(1)], self.prompt["template"])
+        return fill_template(self.prompt["template"], row)
 
 
 def load_task(

@@ -63,6 +63,11 @@ def test_normalised_columns_and_counts(folder, caplog):
     assert "4 rows, 2 positive, 1 negative, 1 unlabelled, 1 explained" in caplog.text
 
 
+def test_a_text_is_the_template_with_the_fields_in_their_places(folder):
+    task = load_task(folder([{**row, "text": "{label}"} for row in ROWS], template="Read: {text}."))
+    assert task.text_of(task.splits["train"][0]) == "Read: {label}."
+
+
 def test_csv_and_parquet(folder, tmp_path):
     path = folder("id,text,label\n1,Fine,1\n2,Poor,0\n3,Odd,\n", file="t.csv", data_files={"train": "t.csv"})
     split = load_task(path).splits["train"]
