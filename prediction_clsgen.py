@@ -85,6 +85,8 @@ class Prediction:
             head += ", uncertain: " + (" or ".join(self.prediction_set) or "unlike either label's validation rows")
         if self.truncated:
             head += ", text truncated"
+        if self.explained_label not in (None, self.label):
+            head += f", explained for {self.explained_label}"
         return head if self.explanation is None else f"{head}: {self.explanation}"
 
 

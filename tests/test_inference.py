@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +114,9 @@ def test_calibration_threshold_and_labels(model, texts):
     assert model.classify(texts[0]).label == "supported"
     assert json.loads(json.dumps(prediction.to_dict()))["threshold"] == 0.999
     assert "not_supported (probability" in str(prediction)
+    assert "explained for" not in str(replace(prediction, explained_label="not_supported", explanation="It fell."))
+    other = replace(prediction, explained_label="supported", explanation="It rose.")
+    assert str(other).endswith(", explained for supported: It rose.")
 
 
 def test_str_in_one_out_list_in_list_out(model):

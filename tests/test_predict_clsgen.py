@@ -59,6 +59,7 @@ def test_every_row_comes_back_with_its_answer(folder, model, rows, tmp_path, end
         assert row["clsgen_label"] == prediction.label
         assert float(row["clsgen_probability"]) == pytest.approx(prediction.probability, abs=1e-4)
         assert row["clsgen_explanation"] == prediction.explanation
+        assert row["clsgen_explained_label"] == prediction.explained_label
         assert row["clsgen_error"] in (None, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"in{ending}", "model", f"out{ending}"])
 
