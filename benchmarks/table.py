@@ -4,9 +4,8 @@ python -m benchmarks.table
 
 A run is `results/<task>/<system>/metrics.json`, or one `seed-N/metrics.json` a seed; ablations lie one folder deeper.
 What `evaluate_clsgen.py` says of a checkpoint's words is read from `evaluation/metrics.json` beside it
-(`--output_dir`). A cell without a number in some file is empty, but for
-`texts_per_second`, the mean of what was measured. `benchmarks/tried.csv` says what was tried against a
-shortfall.
+(`--output_dir`). A cell without a number in some file is empty, but for `texts_per_second`, the mean of what was
+measured. `benchmarks/tried.csv` says what was tried against a shortfall.
 """
 
 import json
