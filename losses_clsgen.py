@@ -76,33 +76,40 @@ def classification_loss(
     return (losses * is_decision).sum() / torch.as_tensor(num_decisions).clamp(min=1)
 
 
-def verdict_loss(
-    logits: torch.FloatTensor,
-    labels: torch.LongTensor,
-    cls_labels: torch.FloatTensor,
-    lines: list[list[int]],
-    num_decisions: torch.Tensor | int | None = None,
-) -> torch.FloatTensor:
-    """Cross-entropy of the LM's own verdict, summed over explanations that begin with a verdict line.
-
-    It is that of one token, by which the lines of both labels first differ, over the whole vocabulary: the odds of the
-    two alone could be learned while neither of them is likely.
+def verdict_positions(verdicts: torch.BoolTensor, lines: list[list[int]]) -> torch.BoolTensor:
+    """Positions from which the token is predicted by which the verdict lines differ, for `logits_to_keep`.
 
     Args:
-        logits (`torch.FloatTensor` of shape `(kept_positions, vocab_size)`): At [`supervised_positions`].
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Not shifted.
-        cls_labels (`torch.FloatTensor` of shape `(batch_size, sequence_length)`): -100 but at decision tokens, which
-            the explanations follow.
+        verdicts (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): True at decision tokens that a verdict
+            line follows, or what its two forms begin with alike.
         lines (`list[list[int]]`): Ids of the verdict lines of label 0 and label 1.
-        num_decisions: Number of decisions in the whole optimizer step, which the sum is divided by.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch_size, sequence_length)`.
+    """
+    return F.pad(verdicts, (alike(lines), 0))[:, : verdicts.shape[1]]
+
+
+def verdict_loss(
+    logits: torch.FloatTensor,
+    probabilities: torch.FloatTensor,
+    lines: list[list[int]],
+    num_verdicts: torch.Tensor | int | None = None,
+) -> torch.FloatTensor:
+    """Cross-entropy of the LM's own verdict against the head's probability: the LM learns to say what the head found.
+
+    It is that of one token, by which the lines of both labels first differ, over the whole vocabulary: the odds of the
+    two alone could be learned while neither of them is likely. A soft target tells more than a label (Hinton et al.,
+    2015, "Distilling the Knowledge in a Neural Network"), and there is one for a text without a label.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(verdicts, vocab_size)`): The LM's at [`verdict_positions`].
+        probabilities (`torch.FloatTensor` of shape `(verdicts,)`): The head's, of label 1; no gradient goes there.
+        lines (`list[list[int]]`): Ids of the verdict lines of label 0 and label 1.
+        num_verdicts: Number of verdicts in the whole optimizer step, which the sum is divided by (default: of these).
     """
     place = alike(lines)
-    tokens = labels.new_tensor([line[place] for line in lines])
-    kept, is_decision = supervised_positions(labels), cls_labels != IGNORE_INDEX
-    reads = F.pad(is_decision, (place, 0))[:, : labels.shape[1]] & kept
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    reads &= torch.isin(following, tokens)
-    total = F.cross_entropy(logits[reads[kept]].float(), following[reads], reduction="sum")
-    if num_decisions is None:
-        num_decisions = is_decision.sum()
-    return total / torch.as_tensor(num_decisions).clamp(min=1)
+    negative, positive = (logits.float().log_softmax(dim=-1)[:, line[place]] for line in lines)
+    probabilities = probabilities.detach().to(positive)
+    total = -(probabilities * positive + (1 - probabilities) * negative).sum()
+    return total / torch.as_tensor(len(logits) if num_verdicts is None else num_verdicts).clamp(min=1)

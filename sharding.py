@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig
 
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
-from clsgen.trainer_clsgen import ClsGenSFTConfig
+from clsgen.sft_config_clsgen import ClsGenSFTConfig
 
 
 def check_launch(warm_start: bool, training: ClsGenSFTConfig, model_arguments: ModelConfig) -> None:

@@ -34,16 +34,16 @@ from clsgen.publishing.hub import identity
 from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
 from clsgen.run_record import describe_run, peak_memory_mib, without_tokens
 from clsgen.scoring import calibrate, score_test_split, table
+from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.sharding import check_launch, gather_model
 from clsgen.tasks import Task, class_counts, load_task
 from clsgen.trainer_clsgen import (
-    ClsGenSFTConfig,
     ClsGenSFTTrainer,
+    encode_split,
     frozen_layers_dir,
     last_complete_checkpoint,
     resolve_pos_weight,
 )
-from clsgen.training_rows import encode_rows
 from clsgen.warm_start import Probe, warm_start
 
 logger = logging.getLogger("clsgen.train_sft_cls")
@@ -255,9 +255,8 @@ def train(
 ) -> tuple[ClsGenSFTTrainer, Probe | None]:
     """Builds the model, starts it warm and trains it; the trainer holds the result."""
     model = build_model(task, arguments, model_arguments, training)
-    guided = training.explanation_mode == "guided"
     rows = {
-        name: encode_rows(split, model.encoder, training.max_explanation_length, guided, name)
+        name: encode_split(split, model.encoder, training, name)
         for name, split in task.splits.items()
         if name != "test"
     }
@@ -320,8 +319,7 @@ def finish(
         labelled = task.splits["test"].filter(lambda row: row["label"] is not None)
         logger.info("test: %d of %d rows have a label and are scored", len(labelled), len(task.splits["test"]))
         if len(labelled):
-            guided = training.explanation_mode == "guided"
-            rows = encode_rows(labelled, base.encoder, training.max_explanation_length, guided, "test")
+            rows = encode_split(labelled, base.encoder, training, "test")
             metrics, predictions = score_test_split(trainer, config, rows, labelled["id"])
             report.update(metrics)
     report.update(

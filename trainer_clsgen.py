@@ -1,9 +1,9 @@
 """TRL's `SFTTrainer` with a second loss: `ClsGenSFTTrainer` trains the LM and the classification head together."""
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,116 +15,28 @@ from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.utils import is_torch_bf16_gpu_available
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from clsgen.classification_metrics import classification_metrics
 from clsgen.frozen_layers import FrozenLayers, first_trained_layer
-from clsgen.losses_clsgen import IGNORE_INDEX, supervised_positions, verdict_loss
+from clsgen.losses_clsgen import IGNORE_INDEX, supervised_positions, verdict_loss, verdict_positions
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
-from clsgen.training_rows import DataCollatorForClsGen, encode_rows, hard_labels, label_counts, pack_rows
+from clsgen.prompting_clsgen import PromptEncoder
+from clsgen.sft_config_clsgen import ClsGenSFTConfig
+from clsgen.text_variants import with_variants
+from clsgen.training_rows import (
+    TOKEN_COLUMNS,
+    DataCollatorForClsGen,
+    encode_rows,
+    hard_labels,
+    label_counts,
+    pack_rows,
+    token_columns,
+)
 
 LOSSES = {"lm_loss": "lm_weight", "cls_loss": "cls_weight", "verdict_loss": "verdict_weight"}
 EVALUATION_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
 CHECKPOINT_COMPLETE = "trainer_state.json"  # the last file that `Trainer` writes into a checkpoint
-
-
-@dataclass
-class ClsGenSFTConfig(SFTConfig):
-    """Arguments of [`ClsGenSFTTrainer`]: TRL's [`SFTConfig`], and those of the second head.
-
-    Args:
-        lm_weight, cls_weight (`float`, *optional*, default to 1.0): Weights of the two losses.
-        verdict_weight (`float`, *optional*, defaults to 0.0): Weight of a third loss: cross-entropy of the LM's own
-            verdict (what `lm_probability` reads), one token among dozens to the LM's loss.
-        pos_weight (`str`, *optional*, defaults to `"none"`): Weight of the positive class in the BCE loss: `"none"`,
-            `"balanced"` (negatives / positives of the training rows) or a number. Undone at inference.
-        cls_learning_rate (`float`, *optional*): Learning rate of the head; `learning_rate` by default.
-        cls_dropout (`float`, *optional*, defaults to 0.0): Dropout on the head's features.
-        max_explanation_length (`int`, *optional*, defaults to 160): Most tokens of an explanation with its verdict
-            line. `max_length` less this is left for the prompt.
-        explanation_mode (`str`, *optional*, defaults to `"guided"`): `"guided"` teaches a verdict line before each
-            explanation, `"free"` none.
-        padding_side (`str`, *optional*, defaults to `"right"`): Side of the padding in batches.
-        train_sampling_strategy (`str`, *optional*, defaults to `"auto"`): As in `TrainingArguments`; `"auto"` is
-            `"group_by_length"` on a CPU and `"random"` elsewhere.
-        cache_frozen_layers (`bool`, *optional*, defaults to `False`): Keep the states of the layers below the lowest
-            trained one in `output_dir/frozen_layers`, so that a row goes through them once and not in every epoch.
-    """
-
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS
-
-    lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss."})
-    cls_weight: float = field(default=1.0, metadata={"help": "Weight of the classification loss."})
-    verdict_weight: float = field(default=0.0, metadata={"help": "Weight of the loss of the LM's own verdict."})
-    pos_weight: str = field(
-        default="none", metadata={"help": "Weight of the positive class: 'none', 'balanced' or a number."}
-    )
-    cls_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
-    cls_dropout: float = field(default=0.0, metadata={"help": "Dropout on the head's features."})
-    max_explanation_length: int = field(default=160, metadata={"help": "Most tokens of an explanation."})
-    explanation_mode: str = field(
-        default="guided",
-        metadata={"help": "Whether a verdict line comes before explanations.", "choices": ["guided", "free"]},
-    )
-    padding_side: str = field(default="right", metadata={"help": "Side of padding.", "choices": ["left", "right"]})
-    train_sampling_strategy: str = field(
-        default="auto",
-        metadata={
-            "help": "Sampler for training; 'auto' is 'group_by_length' on a CPU and 'random' elsewhere.",
-            "choices": ["auto", "random", "sequential", "group_by_length", "batch_rebalance"],
-        },
-    )
-
-    cache_frozen_layers: bool = field(
-        default=False, metadata={"help": "Keep on disk what the layers below the trained ones make of each row."}
-    )
-
-    def __post_init__(self):
-        if self.bf16 is None and not is_torch_bf16_gpu_available():
-            self.bf16 = False  # TRL's default is bfloat16, which a CPU emulates
-        if self.train_sampling_strategy == "auto":
-            # `super` checks the strategy and finds the device.
-            self.train_sampling_strategy = "random"
-            super().__post_init__()
-            if self.device.type == "cpu":
-                self.train_sampling_strategy = "group_by_length"
-        else:
-            super().__post_init__()
-        self._check()
-
-    def _check(self) -> None:
-        for name in ("lm_weight", "cls_weight", "verdict_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
-        if self.lm_weight == self.cls_weight == 0:
-            raise ValueError("`lm_weight` and `cls_weight` are both 0: there is nothing to train.")
-        if self.verdict_weight and self.explanation_mode == "free":
-            raise ValueError(
-                "`verdict_weight` needs `explanation_mode='guided'`: free explanations have no verdict line."
-            )
-        if self.pos_weight not in ("none", "balanced"):
-            try:
-                positive = 0 < float(self.pos_weight) < float("inf")
-            except ValueError:
-                positive = False
-            if not positive:
-                raise ValueError(
-                    f"`pos_weight` must be 'none', 'balanced' or a number above 0, got {self.pos_weight!r}."
-                )
-        if self.max_length is None or self.max_length <= self.max_explanation_length:
-            raise ValueError(
-                f"`max_length` ({self.max_length}) must be larger than `max_explanation_length` "
-                f"({self.max_explanation_length}): the rest is the prompt's."
-            )
-        for name, supported in (("loss_type", "nll"), ("packing_strategy", "bfd"), ("label_smoothing_factor", 0.0)):
-            if getattr(self, name) != supported:
-                raise ValueError(f"`{name}` must be {supported!r} for two losses, got {getattr(self, name)!r}.")
-        if self.assistant_only_loss or self.completion_only_loss is False or self.use_liger_kernel:
-            raise ValueError(
-                "`assistant_only_loss`, `completion_only_loss=False` and `use_liger_kernel` have no meaning here: the "
-                "LM is trained on explanations, the head on decision tokens."
-            )
 
 
 def resolve_pos_weight(pos_weight: str, rows: Dataset, cls_bias: bool) -> float:
@@ -149,6 +61,21 @@ def resolve_pos_weight(pos_weight: str, rows: Dataset, cls_bias: bool) -> float:
             "subtracts: train with `cls_bias=True`, or with `pos_weight='none'`."
         )
     return weight
+
+
+def encode_split(dataset: Dataset, encoder: PromptEncoder, args: ClsGenSFTConfig, name: str) -> Dataset:
+    """[`encode_rows`] as the arguments want it; the `"train"` split gets its `verdict_texts`."""
+    if name == "train":
+        dataset = with_variants(dataset, encoder.prompt, args.verdict_texts, args.seed)
+    return encode_rows(
+        dataset,
+        encoder,
+        args.max_explanation_length,
+        guided=args.explanation_mode == "guided",
+        name=name,
+        num_proc=args.dataset_num_proc,
+        teach_verdicts=args.verdict_weight > 0,
+    )
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
@@ -261,15 +188,8 @@ class ClsGenSFTTrainer(SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if "input_ids" not in dataset.column_names:
-            dataset = encode_rows(
-                dataset,
-                self._encoder,
-                args.max_explanation_length,
-                guided=args.explanation_mode == "guided",
-                name=dataset_name,
-                num_proc=args.dataset_num_proc,
-            )
-        missing = {"labels", "cls_labels"} - set(dataset.column_names)
+            dataset = encode_split(dataset, self._encoder, args, dataset_name)
+        missing = {"labels", "cls_labels", *(["verdicts"] if args.verdict_weight else [])} - set(dataset.column_names)
         if missing:
             raise ValueError(f"Encoded rows need the column(s) {sorted(missing)}; found {dataset.column_names}.")
         # Evaluation stays one row a text: its metrics need each decision once.
@@ -278,7 +198,7 @@ class ClsGenSFTTrainer(SFTTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["input_ids", "labels", "cls_labels", "seq_lengths"]
+        self._signature_columns = ["input_ids", *TOKEN_COLUMNS, "seq_lengths"]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -316,39 +236,39 @@ class ClsGenSFTTrainer(SFTTrainer):
         return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Labelled tokens and decisions in the given batches of all processes, shape `(2,)`."""
-        counts = torch.zeros(2, dtype=torch.long, device=device)
+        """Labelled tokens, decisions and verdicts in the given batches of all processes, shape `(3,)`."""
+        counts = torch.zeros(3, dtype=torch.long, device=device)
         for batch in batch_samples:
-            counts[0] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum().to(device)
-            counts[1] += (batch["cls_labels"] != IGNORE_INDEX).sum().to(device)
+            counts += self._local_counts(batch).to(device)
         return self.accelerator.reduce(counts, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
-        tokens, decisions = self._local_counts(inputs)
-        step_tokens, step_decisions = (tokens, decisions) if num_items_in_batch is None else num_items_in_batch
+        counts = self._local_counts(inputs)
+        of_step = counts if num_items_in_batch is None else num_items_in_batch
+        kept = supervised_positions(inputs["labels"])
+        verdicts, inputs = inputs.get("verdicts"), {n: value for n, value in inputs.items() if n != "verdicts"}
+        teaches = self.args.verdict_weight > 0
+        if teaches:
+            said_at = verdict_positions(verdicts, self._verdict_lines)
+            kept |= said_at
         with self._frozen_layers.replay(inputs) if self._frozen_layers else contextlib.nullcontext():
             outputs = model(
                 **inputs,
                 use_cache=False,
-                logits_to_keep=supervised_positions(inputs["labels"]),
-                num_items_in_batch=step_tokens,
-                num_decisions_in_batch=step_decisions,
+                logits_to_keep=kept,
+                num_items_in_batch=of_step[0],
+                num_decisions_in_batch=of_step[1],
             )
         loss = outputs.loss
-        losses = [
-            outputs.lm_loss.detach() * step_tokens,
-            tokens,
-            outputs.cls_loss.detach() * step_decisions,
-            decisions,
-        ]
-        if self.args.verdict_weight:
-            of_verdicts = verdict_loss(
-                outputs.logits, inputs["labels"], inputs["cls_labels"], self._verdict_lines, step_decisions
-            )
-            loss = loss + self.args.verdict_weight * of_verdicts
-            losses += [of_verdicts.detach() * step_decisions, decisions]
-        totals = torch.stack([value.double().to(self.args.device) for value in losses])
+        losses = [outputs.lm_loss, outputs.cls_loss]
+        if teaches:
+            shift = math.log(self.accelerator.unwrap_model(model).config.pos_weight)
+            probabilities = torch.sigmoid(outputs.cls_logits[verdicts] - shift)
+            losses.append(verdict_loss(outputs.logits[said_at[kept]], probabilities, self._verdict_lines, of_step[2]))
+            loss = loss + self.args.verdict_weight * losses[-1].to(loss.device)
+        sums = [value.detach().double().to(self.args.device) * n for value, n in zip(losses, of_step, strict=False)]
+        totals = torch.stack([torch.stack(sums), counts[: len(sums)].to(sums[0])])
         previous = self._loss_totals[mode]
         self._loss_totals[mode] = totals if previous is None else previous + totals
         if num_items_in_batch is not None:
@@ -356,18 +276,20 @@ class ClsGenSFTTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     @staticmethod
-    def _local_counts(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _local_counts(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Labelled tokens, decisions and verdicts of a batch, shape `(3,)`."""
         tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         decisions = (inputs["cls_labels"] != IGNORE_INDEX).sum()
-        return tokens, decisions
+        verdicts = inputs["verdicts"].sum() if "verdicts" in inputs else torch.zeros_like(tokens)
+        return torch.stack([tokens, decisions, verdicts])
 
     def _pop_losses(self, mode: str) -> dict[str, float]:
-        """The losses since the last call, means over tokens or decisions of all processes."""
+        """The losses since the last call, means over tokens, decisions or verdicts of all processes."""
         if self._loss_totals[mode] is None:
             return {}
-        sums = self.accelerator.reduce(self._loss_totals[mode], "sum").tolist()
+        sums, counts = self.accelerator.reduce(self._loss_totals[mode], "sum").tolist()
         self._loss_totals[mode] = None
-        return {name: sums[2 * i] / max(sums[2 * i + 1], 1) for i, name in enumerate(LOSSES) if 2 * i < len(sums)}
+        return {name: total / max(n, 1) for name, total, n in zip(LOSSES, sums, counts, strict=False)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -379,8 +301,9 @@ class ClsGenSFTTrainer(SFTTrainer):
         state, size = self.accelerator.gradient_state, len(inputs["input_ids"])
         if state.end_of_dataloader and state.remainder > 0:
             repeats = torch.arange(size) + self.accelerator.process_index * size >= state.remainder
-            for name in ("labels", "cls_labels"):
-                inputs[name] = inputs[name].masked_fill(repeats[:, None].to(inputs[name].device), IGNORE_INDEX)
+            for name in token_columns(inputs):
+                fill, _ = TOKEN_COLUMNS[name]
+                inputs[name] = inputs[name].masked_fill(repeats[:, None].to(inputs[name].device), fill)
         return inputs
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):

@@ -1,6 +1,7 @@
 """From a task's rows to the trainer's: token ids, and labels that sit on the tokens they belong to."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +12,17 @@ from numpy.typing import ArrayLike
 from transformers.data.data_collator import DataCollatorMixin
 from trl import pack_dataset
 
+from clsgen.batching_clsgen import alike
 from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.prompting_clsgen import PromptEncoder
 
 logger = logging.getLogger(__name__)
-ROW_COLUMNS = ["input_ids", "labels", "cls_labels"]
+# Columns beside `input_ids` that have a value a token: what pads them, and their type.
+TOKEN_COLUMNS = {
+    "labels": (IGNORE_INDEX, torch.long),
+    "cls_labels": (float(IGNORE_INDEX), torch.float32),
+    "verdicts": (False, torch.bool),
+}
 
 
 def encode_rows(
@@ -25,12 +32,16 @@ def encode_rows(
     guided: bool,
     name: str = "train",
     num_proc: int | None = None,
+    teach_verdicts: bool = False,
 ) -> Dataset:
     """Encodes rows of a task; every row with a label or an explanation comes out as one row.
 
     A row without an explanation ends at its decision token and trains the head alone; one without a label has no
     decision and trains the LM alone (without a verdict line, for there is no verdict to give). Of a soft label, the
     verdict line says the class, see [`hard_labels`].
+
+    With `teach_verdicts`, what the LM's verdict is to be is the head's to say: the token that tells it has no label, a
+    row without an explanation goes on to that token, and a row may have neither label nor explanation.
 
     Args:
         dataset (`Dataset`): With the task's fields, `label` (0 to 1, or null) and `explanation` (string or null), as
@@ -40,36 +51,49 @@ def encode_rows(
         guided (`bool`): Whether the verdict line comes first.
         name (`str`, *optional*): For the log.
         num_proc (`int`, *optional*): Processes.
+        teach_verdicts (`bool`, *optional*, defaults to `False`): For [`losses_clsgen.verdict_loss`].
 
     Returns:
-        `Dataset` with `input_ids`, `labels` (-100 on the prompt), `cls_labels` (-100 but at the decision token) and
-        `length`.
+        `Dataset` with `input_ids`, `labels` (-100 on the prompt), `cls_labels` (-100 but at the decision token),
+        `length`; with `teach_verdicts` also `verdicts` (true at decision tokens that the verdict loss starts from).
 
     Raises:
-        ValueError: for a row with a text that cannot be encoded, or with neither label nor explanation.
+        ValueError: for a row with a text that cannot be encoded, or with nothing to train on.
     """
+    lines = [encoder.encode_verdict(label) for label in (0, 1)]
+    shared = alike(lines)
+    if teach_verdicts and max_explanation_length <= shared:
+        raise ValueError(
+            f"`max_explanation_length` ({max_explanation_length}) leaves no room for a verdict, which takes "
+            f"{shared + 1} tokens: raise it."
+        )
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         label, explanation = row["label"], row.get("explanation")
         place = f"Row {row.get('id', index)!r} of {name}"
-        if label is None and not explanation:
+        if label is None and not explanation and not teach_verdicts:
             raise ValueError(f"{place} has neither a label nor an explanation: there is nothing to train on.")
         try:
             prompt = encoder.encode({field: row[field] for field in encoder.prompt.fields})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{place}: {error}") from error
-        completion, cut = [], False
+        completion, cut, verdict = lines[0][:shared] if teach_verdicts else [], False, None
         if explanation:
             verdict = int(hard_labels(label)) if guided and label is not None else None
             completion, cut = encoder.encode_completion(explanation, verdict, max_explanation_length)
         start = len(prompt.input_ids)
+        labels = [IGNORE_INDEX] * start + (completion if explanation else [IGNORE_INDEX] * len(completion))
+        teaches = teach_verdicts and (verdict is not None or not explanation)
+        if teaches and explanation:
+            labels[start + shared] = IGNORE_INDEX
         cls_labels = [float(IGNORE_INDEX)] * (start + len(completion))
         if label is not None:
             cls_labels[start - 1] = float(label)
         return {
             "input_ids": prompt.input_ids + completion,
-            "labels": [IGNORE_INDEX] * start + completion,
+            "labels": labels,
             "cls_labels": cls_labels,
+            **({"verdicts": [teaches and i == start - 1 for i in range(len(labels))]} if teach_verdicts else {}),
             "length": start + len(completion),
             "text_cut": prompt.truncated,
             "explanation_cut": cut,
@@ -109,6 +133,11 @@ def label_counts(rows: Dataset) -> dict[str, int]:
     return counts
 
 
+def token_columns(names: Iterable[str]) -> list[str]:
+    """Those of `TOKEN_COLUMNS` that are among `names`; rows have no `verdicts` unless these are taught."""
+    return [name for name in TOKEN_COLUMNS if name in names]
+
+
 def pack_rows(rows: Dataset, max_length: int, seed: int | None = None) -> Dataset:
     """Packs encoded rows into sequences of at most `max_length` tokens, whole rows only (best fit decreasing).
 
@@ -121,7 +150,7 @@ def pack_rows(rows: Dataset, max_length: int, seed: int | None = None) -> Datase
             f"A row of {longest} tokens does not fit into packed sequences of {max_length}: raise `max_length`."
         )
     before = label_counts(rows)
-    packed = pack_dataset(rows.select_columns(ROW_COLUMNS), max_length, "bfd")
+    packed = pack_dataset(rows.select_columns(["input_ids", *token_columns(rows.column_names)]), max_length, "bfd")
     after = label_counts(packed)
     if after != before:
         raise ValueError(f"Packing would lose labels: {before} before, {after} after.")
@@ -170,39 +199,30 @@ class DataCollatorForClsGen(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        names = token_columns(examples[0])
         if self.padding_free:
             lengths = [n for row in examples for n in row.get("seq_lengths") or [len(row["input_ids"])]]
-            joined = {name: [value for row in examples for value in row[name]] for name in ROW_COLUMNS}
+            joined = {name: [value for row in examples for value in row[name]] for name in ["input_ids", *names]}
             positions = [position for n in lengths for position in range(n)]
             # A row's first token is not a target of the row before.
-            labels = [IGNORE_INDEX if p == 0 else label for p, label in zip(positions, joined["labels"], strict=True)]
-            return self._tensors(
-                [joined["input_ids"]], [labels], [joined["cls_labels"]], position_ids=torch.tensor([positions])
-            )
-        length = max(len(row["input_ids"]) for row in examples)
-        if self.pad_to_multiple_of:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+            labels = zip(positions, joined["labels"], strict=True)
+            joined["labels"] = [IGNORE_INDEX if position == 0 else label for position, label in labels]
+            columns = {name: [values] for name, values in joined.items()}
+            others = {"position_ids": torch.tensor([positions])}
+        else:
+            length = max(len(row["input_ids"]) for row in examples)
+            if self.pad_to_multiple_of:
+                length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
-        def pad(values: list, fill: float) -> list:
-            padding = [fill] * (length - len(values))
-            return padding + list(values) if self.padding_side == "left" else list(values) + padding
+            def pad(values: list, fill: float) -> list:
+                padding = [fill] * (length - len(values))
+                return padding + list(values) if self.padding_side == "left" else list(values) + padding
 
-        mask = torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in examples])
-        return self._tensors(
-            [pad(row["input_ids"], self.pad_token_id) for row in examples],
-            [pad(row["labels"], IGNORE_INDEX) for row in examples],
-            [pad(row["cls_labels"], IGNORE_INDEX) for row in examples],
-            attention_mask=mask,
-        )
-
-    @staticmethod
-    def _tensors(input_ids: list, labels: list, cls_labels: list, **others: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {
-            "input_ids": torch.tensor(input_ids),
-            **others,
-            "labels": torch.tensor(labels),
-            "cls_labels": torch.tensor(cls_labels, dtype=torch.float32),
-        }
+            columns = {"input_ids": [pad(row["input_ids"], self.pad_token_id) for row in examples]}
+            columns |= {name: [pad(row[name], TOKEN_COLUMNS[name][0]) for row in examples] for name in names}
+            others = {"attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in examples])}
+        tensors = {name: torch.tensor(columns[name], dtype=TOKEN_COLUMNS[name][1]) for name in names}
+        return {"input_ids": torch.tensor(columns["input_ids"]), **others, **tensors}
 
     def padded(self) -> "DataCollatorForClsGen":
         """The same without `padding_free`: one row of the batch per row of the data, as evaluation needs it."""

@@ -23,8 +23,9 @@ from clsgen import trainer_clsgen
 from clsgen.backbones import resolve_backbone
 from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
+from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import load_task
-from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer
+from clsgen.trainer_clsgen import ClsGenSFTTrainer
 from clsgen.training_rows import encode_rows
 
 MAX_LENGTH = 1024  # TRL's default: it cuts longer rows at their end, where the explanation is

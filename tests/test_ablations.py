@@ -10,9 +10,9 @@ from trl import TrlParser
 
 from benchmarks import ablations
 from benchmarks.ablations import ABLATIONS, main, plan, with_explanations
+from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import ROOT, class_counts, load_task
 from clsgen.train_sft_cls import ModelArguments, TaskArguments, parse_reads
-from clsgen.trainer_clsgen import ClsGenSFTConfig
 
 
 def test_fewer_explanations_keep_rows_and_labels(tmp_path):

@@ -13,9 +13,9 @@ from clsgen.build_explanations import build, main
 from clsgen.explanations.filters import FilterArguments
 from clsgen.explanations.teacher import TeacherArguments, TeacherError
 from clsgen.publishing.hub import PublicationError
+from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import class_counts, load_task
 from clsgen.train_sft_cls import TaskArguments, publication
-from clsgen.trainer_clsgen import ClsGenSFTConfig
 
 
 def test_the_built_task_trains_and_its_card_tells_the_truth(build_with_teacher, teacher, tmp_path):

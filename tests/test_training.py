@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 from torch.nn import functional as F
 
+from clsgen.batching_clsgen import alike
 from clsgen.losses_clsgen import IGNORE_INDEX
-from clsgen.trainer_clsgen import ClsGenSFTConfig, ClsGenSFTTrainer, last_complete_checkpoint
+from clsgen.sft_config_clsgen import ClsGenSFTConfig
+from clsgen.trainer_clsgen import ClsGenSFTTrainer, last_complete_checkpoint
 from clsgen.training_rows import DataCollatorForClsGen, encode_rows, label_counts, pack_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,24 +136,53 @@ def test_gradients_do_not_depend_on_how_the_step_is_cut(backbones, task_rows, tm
             assert cut_log[name] == pytest.approx(log[name], rel=1e-5), (kwargs, name)
 
 
-def test_the_third_loss_is_that_of_the_lms_own_verdict(model, task_rows, tmp_path):
-    trainer = ClsGenSFTTrainer(
-        model, arguments(tmp_path, verdict_weight=2.0, per_device_eval_batch_size=3), task_rows, eval_dataset=task_rows
-    )
+@pytest.mark.parametrize("pos_weight", ["none", "3"])
+def test_the_third_loss_teaches_the_lm_the_heads_probability(model, task_rows, tmp_path, pos_weight):
+    unknown = task_rows.map(lambda row: {"label": None, "explanation": None} if row["id"] == "3" else row)
+    settings = {"verdict_weight": 2.0, "per_device_eval_batch_size": 3, "pos_weight": pos_weight}
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path, **settings), unknown, eval_dataset=unknown)
+    with torch.no_grad():
+        model.cls_head.weight.normal_()
     metrics = trainer.evaluate()
-    labelled = task_rows.filter(lambda row: row["label"] is not None)
     expected = []
-    for row in labelled.filter(lambda row: row["explanation"]):
+    for row in unknown:
+        if row["label"] is None and row["explanation"]:
+            continue  # it has no verdict line
         prompt = model.encoder.encode({name: row[name] for name in ("findings", "claim")}).input_ids
         lines = [model.encoder.encode_verdict(label) for label in (0, 1)]
         shared = next(i for i, (one, other) in enumerate(zip(*lines, strict=False)) if one != other)
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + lines[0][:shared]])).logits[0, -1]
-        expected.append(-logits.log_softmax(dim=0)[lines[int(row["label"])][shared]].item())
-    assert 0 < len(expected) < len(labelled)
-    assert metrics["eval_verdict_loss"] == pytest.approx(sum(expected) / len(labelled), rel=1e-4)
+            outputs = model(torch.tensor([prompt + lines[0][:shared]]))
+        logit = outputs.cls_logits[0, len(prompt) - 1] - torch.tensor(model.config.pos_weight).log()
+        target = torch.zeros(outputs.logits.shape[-1])
+        target[[line[shared] for line in lines]] = torch.stack([torch.sigmoid(-logit), torch.sigmoid(logit)])
+        expected.append(F.cross_entropy(outputs.logits[0, -1][None], target[None]).item())
+    assert len(expected) == len(unknown) - sum(row["label"] is None and bool(row["explanation"]) for row in unknown)
+    assert metrics["eval_verdict_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
     whole = metrics["eval_lm_loss"] + metrics["eval_cls_loss"] + 2 * metrics["eval_verdict_loss"]
     assert metrics["eval_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_the_third_loss_leaves_the_head_alone_and_labels_leave_the_verdict_alone(model, task_rows, tmp_path):
+    rows = encode_rows(task_rows, model.encoder, 60, guided=True, teach_verdicts=True)
+    place = alike([model.encoder.encode_verdict(label) for label in (0, 1)])
+    for row, source in zip(rows, task_rows, strict=True):
+        decisions = [i for i, taught in enumerate(row["verdicts"]) if taught]
+        labelled = [i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX]
+        assert len(decisions) == (source["label"] is not None or not source["explanation"])
+        assert not any(decision + 1 + place in labelled for decision in decisions)
+        assert bool(labelled) == bool(source["explanation"])
+    before = weights(model, "cls_head")
+    trainer = ClsGenSFTTrainer(
+        model, arguments(tmp_path, verdict_weight=1.0, cls_weight=0.0, weight_decay=0.0), task_rows
+    )
+    trainer.train()
+    assert max(moved(before, weights(model, "cls_head")).values()) == 0
+    with pytest.raises(ValueError, match="leaves no room for a verdict"):
+        encode_rows(task_rows, model.encoder, place, guided=True, teach_verdicts=True)
+    plain = encode_rows(task_rows, model.encoder, 60, guided=True)
+    with pytest.raises(ValueError, match=r"need the column\(s\) \['verdicts'\]"):
+        ClsGenSFTTrainer(model, arguments(tmp_path, verdict_weight=1.0), plain)
 
 
 DISTRIBUTED = """

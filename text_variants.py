@@ -1,0 +1,47 @@
+"""Further texts, made of those of the training split: nobody labelled them, and the LM learns the head's verdicts."""
+
+import random
+
+from datasets import Dataset, concatenate_datasets
+
+from clsgen.attribution_clsgen import sentence_spans
+from clsgen.prompting_clsgen import TaskPrompt
+
+KEPT_SENTENCES = 0.6  # of a document, on average
+
+
+def with_variants(rows: Dataset, prompt: TaskPrompt, count: int, seed: int = 0) -> Dataset:
+    """The rows, and behind them `count` new texts made of each one's text, with neither label nor explanation.
+
+    By turns, the document meets the other fields of a row drawn at random, and loses some of its sentences while the
+    rest change their order; where a task has one field, always the latter. Such texts are as many as one likes, and
+    the head has a probability for each, which `--verdict_weight` teaches the LM.
+
+    Args:
+        rows (`Dataset`): A task's training rows.
+        prompt ([`TaskPrompt`]): Tells the fields, and which is the document.
+        count (`int`): How many for each row.
+        seed (`int`, *optional*, defaults to 0): Of what is drawn.
+
+    Returns:
+        `Dataset` of the same columns; those that are no field are null in the new rows, but for `id`.
+    """
+    draw, texts = random.Random(seed), rows.select_columns(prompt.fields).to_list()
+    ids = rows["id"] if "id" in rows.column_names else range(len(rows))
+    variants = []
+    for turn in range(count):
+        for name, text in zip(ids, texts, strict=True):
+            if turn % 2 == 0 and len(prompt.fields) > 1:
+                fields = {**draw.choice(texts), prompt.document: text[prompt.document]}
+            else:
+                fields = {**text, prompt.document: _some_sentences(text[prompt.document], draw)}
+            row = {**dict.fromkeys(rows.column_names), **fields}
+            variants.append({**row, "id": f"{name}/variant-{turn}"} if "id" in row else row)
+    return concatenate_datasets([rows, Dataset.from_list(variants, features=rows.features)]) if variants else rows
+
+
+def _some_sentences(document: str, draw: random.Random) -> str:
+    sentences = [document[start:end] for start, end in sentence_spans(document)]
+    kept = [sentence for sentence in sentences if draw.random() < KEPT_SENTENCES] or sentences
+    draw.shuffle(kept)
+    return " ".join(kept)
