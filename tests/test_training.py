@@ -386,6 +386,8 @@ def test_refusals(model, task_rows, tmp_path):
         ({"pos_weight": "much"}, "pos_weight"),
         ({"lm_weight": 0.0, "cls_weight": 0.0}, "nothing to train"),
         ({"verdict_weight": 1.0, "explanation_mode": "free"}, "have no verdict line"),
+        ({"verdict_texts": 2}, "needs a `verdict_weight` above 0"),
+        ({"verdict_weight": 1.0, "verdict_texts": -1}, "must be at least 0"),
         ({"max_length": 50}, "must be larger than"),
         ({"loss_type": "dft"}, "loss_type"),
     ):
