@@ -72,7 +72,11 @@ class EvaluationArguments:
     batch_size: int | None = field(default=None, metadata={"help": "Most texts of a batch."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Longest explanation, in tokens."})
     also_on: list[str] = field(
-        default_factory=list, metadata={"help": "Tasks to report calibration on too; numbers alone, test split."}
+        default_factory=list,
+        metadata={
+            "help": "Tasks to report calibration on too, each NAME or NAME=SOURCE (what its prepare.py reads); "
+            "numbers alone, test split."
+        },
     )
     compare: list[str] = field(
         default_factory=list,
@@ -136,7 +140,8 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     targets = arguments.targets
     compared = {path: read_predictions(Path(path)) for path in arguments.compare}
     task = load_task(arguments.task, arguments.data_dir)
-    other_tasks = [load_task(name) for name in arguments.also_on]
+    others = [each.partition("=") for each in arguments.also_on]
+    other_tasks = [load_task(name, source or None) for name, _, source in others]
     output_dir = Path(arguments.output_dir or Path("outputs") / task.name / "evaluation")
     output_dir.mkdir(parents=True, exist_ok=True)
     about = {"revision": arguments.revision, "trust_remote_code": True}

@@ -177,6 +177,8 @@ def test_also_on_other_data(checkpoint, model, task, tmp_path):
     assert found["mean_probability"] == pytest.approx(sum(expected) / 8, abs=1e-4)
     assert found["ece"]["value"] is not None
     assert "Reliability on other/test" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(ValueError, match="names no `prepare` script"):  # so the source reached the task
+        evaluate(checkpoint, task, tmp_path / "out", also_on=[f"{other}={tmp_path}"])
 
 
 def test_compared_with_another_system(checkpoint, task, tmp_path):
