@@ -136,6 +136,25 @@ def test_gradients_do_not_depend_on_how_the_step_is_cut(backbones, task_rows, tm
             assert cut_log[name] == pytest.approx(log[name], rel=1e-5), (kwargs, name)
 
 
+def test_the_heads_gradients_do_not_shorten_the_lms_step(model, task_rows, tmp_path):
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path, max_grad_norm=0.5), task_rows)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        scale = 1e3 if "cls_head" in name else 1.0
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    head = [name for name in before if "cls_head" in name]
+    norms = {
+        of_head: torch.cat([grad.flatten() for name, grad in before.items() if (name in head) == of_head]).norm()
+        for of_head in (True, False)
+    }
+    total = trainer._clip_grad_norm(model)
+    assert total.item() == pytest.approx(torch.stack(list(norms.values())).norm().item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        expected = before[name] * (0.5 / norms[name in head])
+        assert torch.allclose(parameter.grad, expected, rtol=1e-4), name
+
+
 @pytest.mark.parametrize("pos_weight", ["none", "3"])
 def test_the_third_loss_teaches_the_lm_the_heads_probability(model, task_rows, tmp_path, pos_weight):
     unknown = task_rows.map(lambda row: {"label": None, "explanation": None} if row["id"] == "3" else row)
