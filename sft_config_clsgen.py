@@ -27,7 +27,8 @@ class ClsGenSFTConfig(SFTConfig):
             explanation, `"free"` none.
         padding_side (`str`, *optional*, defaults to `"right"`): Side of the padding in batches.
         train_sampling_strategy (`str`, *optional*, defaults to `"auto"`): As in `TrainingArguments`; `"auto"` is
-            `"group_by_length"` on a CPU and `"random"` elsewhere.
+            `"group_by_length"` on a CPU and `"random"` elsewhere, and with `verdict_texts`, which are shorter than
+            rows with an explanation and would come in runs.
         cache_frozen_layers (`bool`, *optional*, defaults to `False`): Keep the states of the layers below the lowest
             trained one in `output_dir/frozen_layers`, so that a row goes through them once and not in every epoch.
     """
@@ -72,7 +73,7 @@ class ClsGenSFTConfig(SFTConfig):
             # `super` checks the strategy and finds the device.
             self.train_sampling_strategy = "random"
             super().__post_init__()
-            if self.device.type == "cpu":
+            if self.device.type == "cpu" and not self.verdict_texts:
                 self.train_sampling_strategy = "group_by_length"
         else:
             super().__post_init__()
