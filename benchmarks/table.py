@@ -217,9 +217,11 @@ def markdown(rows: list[Row]) -> str:
         "# Side by side",
         "",
         "Made by `python -m benchmarks.table` from the result files in this folder; each holds the command that makes "
-        "it again. Test splits; mean over seeds (`auroc_std`: sample standard deviation). An empty cell has not been "
-        "measured, or is undefined. `ece_by_chance` is the mean calibration error that a perfectly calibrated model "
-        "with these probabilities shows on so few rows (Bröcker and Smith, 2007). Alignment is by the judge "
+        "it again, and its commit: an ablation changes the recipe as it was then (`ablation-former-recipe`: before the "
+        "LM learned the head's verdicts, and before head and LM were clipped apart). Test splits; mean over seeds "
+        "(`auroc_std`: sample standard deviation). An empty cell has not been measured, or is undefined. "
+        "`ece_by_chance` is the mean calibration error that a perfectly calibrated model with these probabilities "
+        "shows on so few rows (Bröcker and Smith, 2007). Alignment is by the judge "
         f"`{JUDGE}`; `auroc_alignment_no_verdict` is by one that does not see the last sentence, where the verdict "
         "stands. `train_seconds` and `texts_per_second` are wall time on one or two CPU cores, often beside other "
         "work: orders of magnitude. For `clsgen-*` and ablations, `train_seconds` takes in scoring the test split.",
