@@ -217,7 +217,7 @@ def markdown(rows: list[Row]) -> str:
         "# Side by side",
         "",
         "Made by `python -m benchmarks.table` from the result files in this folder; each holds the command that makes "
-        "it again, and its commit: an ablation changes the recipe as it was then (`ablation-former-recipe`: before the "
+        "it again, and its commit: an ablation changes the recipe of then (`ablation-former-recipe`: before the "
         "LM learned the head's verdicts, and before head and LM were clipped apart). Test splits; mean over seeds "
         "(`auroc_std`: sample standard deviation). An empty cell has not been measured, or is undefined. "
         "`ece_by_chance` is the mean calibration error that a perfectly calibrated model with these probabilities "
