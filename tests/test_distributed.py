@@ -68,7 +68,8 @@ def train_by_two(engine, *args):
 
 def losses(output):
     history = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-    names = ("loss", "lm_loss", "cls_loss", "eval_loss", "eval_lm_loss", "eval_cls_loss")
+    losses_of_step = ("loss", "lm_loss", "cls_loss", "verdict_loss")
+    names = (*losses_of_step, *(f"eval_{name}" for name in losses_of_step), "grad_norm")
     return {(entry["step"], name): entry[name] for entry in history for name in names if name in entry}
 
 
@@ -89,17 +90,17 @@ def weights(output):
 def test_two_processes_learn_what_one_learns(engine, lora, task_folder, backbones, tmp_path):
     # In each step, the first micro-batch gives one process labels alone and the other explanations alone.
     alone, two = tmp_path / "alone", tmp_path / "two"
-    common = ("--use_peft", lora, "--cls_learning_rate", "1e-4", "--save_adapter", lora)
+    common = ("--use_peft", lora, "--cls_learning_rate", "1e-4", "--save_adapter", lora, "--verdict_weight", "0.5")
     best = ("--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss")
     train_alone(task_folder, backbones["llama"], alone, *common, *best)
     train_by_two(engine, task_folder, backbones["llama"], two, *common, *best)
-    assert len(losses(alone)) == 4 * 3 + 2 * 3
+    assert len(losses(alone)) == 4 * 5 + 2 * 4
     assert losses(two) == pytest.approx(losses(alone), rel=1e-4, abs=1e-6)
     expected = weights(alone)
     assert weights(two).keys() == expected.keys()
     for name, tensor in weights(two).items():
         scale = expected[name].abs().max()  # the probe's regression makes the most of rounding: its weights are large
-        assert (tensor - expected[name]).abs().max() <= 1e-4 * scale, name
+        assert (tensor - expected[name]).abs().max() <= 1e-3 * scale, name
     assert probabilities(two) == pytest.approx(probabilities(alone), abs=1e-4)
 
     checkpoint = two / "checkpoint-4"
