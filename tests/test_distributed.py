@@ -97,10 +97,12 @@ def test_two_processes_learn_what_one_learns(engine, lora, task_folder, backbone
     assert len(losses(alone)) == 4 * 5 + 2 * 4
     assert losses(two) == pytest.approx(losses(alone), rel=1e-4, abs=1e-6)
     expected = weights(alone)
+    # Of all the weights, some have gradients near 0, of which Adam makes steps as long as any: rounding shows.
+    tolerance = 1e-4 if lora == "true" else 1e-3
     assert weights(two).keys() == expected.keys()
     for name, tensor in weights(two).items():
         scale = expected[name].abs().max()  # the probe's regression makes the most of rounding: its weights are large
-        assert (tensor - expected[name]).abs().max() <= 1e-3 * scale, name
+        assert (tensor - expected[name]).abs().max() <= tolerance * scale, name
     assert probabilities(two) == pytest.approx(probabilities(alone), abs=1e-4)
 
     checkpoint = two / "checkpoint-4"
