@@ -239,7 +239,7 @@ class ClsGenSFTTrainer(SFTTrainer):
     def _clip_grad_norm(self, model):
         """Clips the head's gradients apart from all others; the norm that comes back is of all.
 
-        The head reads states that are not normalised, so the norm of its gradients is a hundred times that of the
+        The head reads states that are not normalised, so the norm of its gradients is far above that of the
         rest's where it errs: under one norm for all, such a row would teach the LM next to nothing.
         """
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
