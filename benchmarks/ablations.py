@@ -11,10 +11,13 @@ Further flags go to `train_sft_cls.py`. A run takes as long as training does; `m
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 import yaml
 
+from clsgen.atomic_io import write_json
+from clsgen.run_record import describe_run
 from clsgen.tasks import Task, load_task
 from clsgen.train_sft_cls import main as train
 
@@ -109,12 +112,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", default="trial_claims", help="a task's folder, or its name below data/")
     parser.add_argument("--data_dir", help="source that the task's prepare.py reads")
     parser.add_argument("--seed", type=int, default=0)
+    argv = sys.argv[1:] if argv is None else argv
     arguments, further = parser.parse_known_args(argv)
     try:
         planned = plan(arguments.name, arguments.task, arguments.seed, further, arguments.data_dir)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     train(planned)
+    # Training knows its own command alone, which may read a folder that was made here.
+    results = Path(planned[planned.index("--results_dir") + 1]) / "metrics.json"
+    report = json.loads(results.read_text(encoding="utf-8"))
+    write_json(results, report | describe_run("-m", ["benchmarks.ablations", *argv]))
 
 
 if __name__ == "__main__":
