@@ -34,17 +34,21 @@ def general_passages() -> list[str]:
     return [passage.strip() for passage in GENERAL_TEXT.read_text(encoding="utf-8").split("\n\n") if passage.strip()]
 
 
-def perplexity_report(model: PreTrainedModel, backbone: str | PreTrainedModel, task: Task) -> dict[str, Any]:
+def perplexity_report(
+    model: PreTrainedModel, backbone: str | PreTrainedModel, task: Task, guided: bool | None = None
+) -> dict[str, Any]:
     """Perplexity of a fine-tuned LM and of its backbone, on general text and on the teacher's validation explanations.
 
     Both are given the same ids. General passages start from the tokenizer's first token (bos, or eos where there is
-    none). Explanations stand behind their row's prompt and, for a model that explains in guided mode, the verdict line
-    of the gold label; neither is scored.
+    none). Explanations stand behind the prompt of their row and, if `guided`, the verdict line of the gold label;
+    neither is scored.
 
     Args:
         model (`PreTrainedModel`): A causal LM: a CLSGen model, or another that was made from the backbone.
         backbone (`str` or `PreTrainedModel`): What it was made from: a folder, a Hub id, or the model.
         task (`Task`): With a `validation` split, for the explanations.
+        guided (`bool`, *optional*): Whether the model learned explanations behind verdict lines; what its config's
+            `explanation_mode` says by default, and not without one.
 
     Returns:
         `dict[str, Any]`: For `general` and `explanations`: `{"perplexity", "backbone_perplexity", "ratio", "tokens",
@@ -55,7 +59,10 @@ def perplexity_report(model: PreTrainedModel, backbone: str | PreTrainedModel, t
         folder = resolve_backbone(backbone)
         backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, device_map="auto")
     tokenizer = _tokenizer(model, backbone)
-    sets = {"general": _general_rows(tokenizer), "explanations": _explanation_rows(model, tokenizer, task)}
+    if guided is None:
+        guided = getattr(model.config, "explanation_mode", "free") == "guided"
+    explanations = _explanation_rows(model, tokenizer, task, guided)
+    sets = {"general": _general_rows(tokenizer), "explanations": explanations}
     report: dict[str, Any] = {"undefined": {}}
     for name, (prompts, continuations) in sets.items():
         ours, theirs = (perplexity(lm, prompts, continuations) for lm in (model, backbone))
@@ -83,10 +90,11 @@ def _general_rows(tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
     return [[first]] * len(passages), passages
 
 
-def _explanation_rows(model: PreTrainedModel, tokenizer: Any, task: Task) -> tuple[list[list[int]], list[list[int]]]:
+def _explanation_rows(
+    model: PreTrainedModel, tokenizer: Any, task: Task, guided: bool
+) -> tuple[list[list[int]], list[list[int]]]:
     prompt = TaskPrompt.from_dict(task.prompt)
     encoder = PromptEncoder(tokenizer, prompt, getattr(model.config, "max_prompt_length", MAX_PROMPT_LENGTH))
-    guided = getattr(model.config, "explanation_mode", "free") == "guided"
     prompts, continuations = [], []
     for row in task.splits.get("validation", []):
         if not row["explanation"] or (guided and row["label"] is None):

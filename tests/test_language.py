@@ -163,6 +163,10 @@ class TestCollapse:
         assert same["general"]["rows"] == len(general_passages())
         # Rows 2, 6, 10 and 14 have no explanation; row 5 no label, and so no verdict line to stand behind.
         assert same["explanations"]["rows"] == 11
+        free = perplexity_report(backbone, backbone, task)["explanations"]
+        assert free["rows"] == 12
+        assert perplexity_report(backbone, backbone, task, guided=True)["explanations"] == same["explanations"]
+        assert free["perplexity"] != same["explanations"]["perplexity"]
         with torch.no_grad():
             for parameter in model.model.parameters() if hasattr(model, "model") else model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -126,6 +126,7 @@ class SftOnly(_FineTuned):
     """
 
     name = "sft-only"
+    guided = True
     options = {  # noqa: RUF012
         **COMMON, "epochs": 2, "learning_rate": 1e-3, "lora_first_layer": 18, "max_explanation_length": 128,
     }  # fmt: skip
@@ -261,6 +262,7 @@ class TwoModels(Baseline):
     """
 
     options = {"classifier": {}, "explainer": {}}  # noqa: RUF012
+    guided = True
 
     def fit(self) -> dict[str, Any]:
         arguments = (self.task, self.seed, self.backbone)

@@ -43,6 +43,7 @@ class Baseline(ABC):
     """
 
     options: ClassVar[dict[str, Any]] = {}
+    guided = False  # whether it learned explanations behind verdict lines
     earlier_seconds = 0.0  # that training took which `fit` found done
 
     def __init__(self, task: Task, seed: int, backbone: str, **options):
@@ -146,5 +147,5 @@ def describe_words(
         found["language"][mode] = language_report(explanations, texts, references)
     model = baseline.language_model()
     if model is not None:
-        found["collapse"] = perplexity_report(model, baseline.backbone, task)
+        found["collapse"] = perplexity_report(model, baseline.backbone, task, baseline.guided)
     return dict(found)
