@@ -62,6 +62,9 @@ class ClsGenConfig(PreTrainedConfig):
         explanation_no_repeat_ngram_size (`int`, *optional*, defaults to 0):
             Longest run of tokens that an explanation may say twice, plus one; 0 for no limit. Unlike `generate`'s
             `no_repeat_ngram_size` it leaves the prompt alone, whose numbers an explanation has to repeat.
+        explanation_guidance_scale (`float`, *optional*, defaults to 1.0):
+            How firmly a guided explanation is held to its verdict line: above 1, words count more that only this
+            verdict makes likely, not the other one. A step of decoding then costs two.
         clsgen_version (`int`, *optional*):
             Version of the checkpoint format; a file without one has version 1. Newer ones than this code knows are
             refused, older ones are read and saved again in the current format.
@@ -88,6 +91,7 @@ class ClsGenConfig(PreTrainedConfig):
         max_prompt_length: int = 864,
         explanation_mode: str = "guided",
         explanation_no_repeat_ngram_size: int = 0,
+        explanation_guidance_scale: float = 1.0,
         clsgen_version: int = FORMAT_VERSION,
         **kwargs,
     ):
@@ -117,6 +121,7 @@ class ClsGenConfig(PreTrainedConfig):
         self.max_prompt_length = max_prompt_length
         self.explanation_mode = explanation_mode
         self.explanation_no_repeat_ngram_size = explanation_no_repeat_ngram_size
+        self.explanation_guidance_scale = explanation_guidance_scale
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs.setdefault("custom_pipelines", copy.deepcopy(CUSTOM_PIPELINES))
         kwargs.setdefault("num_labels", 2)
@@ -137,7 +142,12 @@ class ClsGenConfig(PreTrainedConfig):
                     f"`cls_reads` holds {(layer, pooling)}: the layer must lie in [{-layers - 1}, {layers}] for this "
                     f"backbone of {layers} layers, and the pooling must be one of {POOLINGS}."
                 )
-        for name, value in (("pos_weight", self.pos_weight), ("temperature", self.calibration["temperature"])):
+        above_zero = {
+            "pos_weight": self.pos_weight,
+            "temperature": self.calibration["temperature"],
+            "explanation_guidance_scale": self.explanation_guidance_scale,
+        }
+        for name, value in above_zero.items():
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"`{name}` must be a finite number above 0, got {value}.")
         if self.base_rate is not None and not 0 < self.base_rate < 1:

@@ -71,6 +71,9 @@ class EvaluationArguments:
     limit: int | None = field(default=None, metadata={"help": "Most rows of each split, drawn at random."})
     batch_size: int | None = field(default=None, metadata={"help": "Most texts of a batch."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Longest explanation, in tokens."})
+    explanation_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Instead of the checkpoint's: how firmly words are held to a verdict."}
+    )
     also_on: list[str] = field(
         default_factory=list,
         metadata={
@@ -144,7 +147,9 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     other_tasks = [load_task(name, source or None) for name, _, source in others]
     output_dir = Path(arguments.output_dir or Path("outputs") / task.name / "evaluation")
     output_dir.mkdir(parents=True, exist_ok=True)
-    about = {"revision": arguments.revision, "trust_remote_code": True}
+    about: dict[str, Any] = {"revision": arguments.revision, "trust_remote_code": True}
+    if arguments.explanation_guidance_scale is not None:
+        about["explanation_guidance_scale"] = arguments.explanation_guidance_scale
     model = AutoModel.from_pretrained(arguments.model, device_map="auto", **about)
     evaluated = _predicted(model, task, other_tasks, arguments, output_dir)
     evaluated.targets = targets

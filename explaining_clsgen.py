@@ -16,8 +16,10 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from .batching_clsgen import alike, pad_left, pass_tokens, token_batches
 from .caching_clsgen import SharedPrefix, can_be_padded_within, joined
@@ -29,8 +31,8 @@ _RESUMABLE = {
     "no_repeat_ngram_size", "bad_words_ids",
 }  # fmt: skip
 
-
 STREAM_THREAD = "clsgen-stream"
+logger = logging.get_logger(__name__)
 
 
 class _SomeRowsEnded(StoppingCriteria):
@@ -64,6 +66,30 @@ class NoRepeatBehindPrompt(LogitsProcessor):
         scores = scores.clone()
         scores[rows, ngrams[rows, places, -1]] = -torch.inf
         return scores
+
+
+class VerdictGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
+    """Holds explanations to their verdict lines, by what the LM would write behind the other ones.
+
+    A token that is likely behind this line with `p` and behind the other with `q` scores `log q + scale * (log p - log
+    q)`: classifier-free guidance (Sanchez et al., 2023, "Stay on topic with Classifier-Free Guidance").
+
+    Args:
+        scale (`float`): 1 changes nothing; the larger, the more a word counts that only this verdict makes likely.
+        model ([`ClsGenForCausalLMAndClassification`]): In evaluation mode.
+        batch (`dict[str, torch.LongTensor]`): `input_ids` and `attention_mask`, up to and with the other lines.
+        cache (`DynamicCache`): Of all but the last of these tokens; it is used up.
+    """
+
+    def __init__(self, scale: float, model: Any, batch: dict[str, torch.LongTensor], cache: DynamicCache):
+        super().__init__(scale, model, batch["input_ids"][:, -1:], batch["attention_mask"])
+        self.unconditional_context["past_key_values"] = cache
+
+    def select_rows(self, rows: torch.LongTensor) -> None:
+        """Drops all rows of the batch but these."""
+        context = self.unconditional_context
+        context["attention_mask"] = context["attention_mask"][rows]
+        context["past_key_values"].batch_select_indices(rows)
 
 
 class _Cancelled(StoppingCriteria):
@@ -100,6 +126,7 @@ class Prefill:
         self.cls_logits = torch.cat(cls_logits).cpu()[back]  # (batch_size,)
         self._next_logits = torch.cat(next_logits)[back.to(model.device)]  # (batch_size, 1, vocab_size)
         self.cache = joined(list(zip(places, caches, strict=True)), len(prefix.input_ids))
+        self._guidance: VerdictGuidance | None = None
 
     def _run(self, prompts: list[list[int]], prefix: SharedPrefix) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
         """Both heads' logits at the last tokens of prompts that go into one forward pass, and the cache."""
@@ -130,6 +157,9 @@ class Prefill:
             self._next_logits = self._append([lines[0][:shared]] * len(labels), logits_to_keep=1)
         kept, ends = dict(self.batch), [line[shared:] for line in lines]
         other = self._score_ends([ends[1 - label] for label in labels])
+        scale = self.model.config.explanation_guidance_scale
+        if scale != 1:
+            self._guidance = VerdictGuidance(scale, self.model, self.batch, copy.deepcopy(self.cache))
         self._forget_behind(kept["input_ids"].shape[1])
         self.batch = kept
         chosen = self._score_ends([ends[label] for label in labels])
@@ -168,10 +198,19 @@ class Prefill:
         self._forget_behind(length - 1)  # `generate` needs a token to start from
         if "max_length" not in options:
             options.setdefault("max_new_tokens", settled.max_new_tokens or 128)
-        if config.explanation_no_repeat_ngram_size:
-            ours = NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, length)
-            options["logits_processor"] = LogitsProcessorList([ours, *options.get("logits_processor", ())])
         mode = settled.get_generation_mode(options.get("assistant_model"))
+        ours = []
+        if self._guidance and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            ours.append(self._guidance)
+        elif self._guidance:
+            logger.warning_once(
+                f"`explanation_guidance_scale` works with greedy search and sampling, not with {mode.value}: this "
+                "explanation is held to its verdict by the verdict line alone."
+            )
+        if config.explanation_no_repeat_ngram_size:
+            ours.append(NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, length))
+        if ours:
+            options["logits_processor"] = LogitsProcessorList([*ours, *options.get("logits_processor", ())])
         if mode != GenerationMode.ASSISTED_GENERATION:  # that reads the whole prompt, also what a cache holds already
             if (settled.num_beams or 1) > 1:  # `generate` repeats the ids for its beams, but not a cache
                 self.cache.batch_repeat_interleave(settled.num_beams)
@@ -237,6 +276,9 @@ def generate_dropping_ended_rows(model: Any, inputs: dict[str, Any]) -> list[lis
         keep = (~finished).nonzero()[:, 0]
         going, ids, mask = going[keep], ids[keep], F.pad(mask[keep], (0, ids.shape[1] - mask.shape[1]), value=1)
         cache.batch_select_indices(keep)
+        for processor in inputs.get("logits_processor", ()):
+            if isinstance(processor, VerdictGuidance):
+                processor.select_rows(keep)
     return new_ids
 
 

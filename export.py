@@ -132,6 +132,7 @@ def description(model: ClsGenForCausalLMAndClassification) -> dict[str, Any]:
         "verdict_ids": [encoder.encode_verdict(label) for label in (0, 1)],
         "end_of_turn_id": encoder.end_of_turn_id,
         "explanation_no_repeat_ngram_size": config.explanation_no_repeat_ngram_size,
+        "explanation_guidance_scale": config.explanation_guidance_scale,
         "cls_reads": [
             [layer, pooling] for layer, (_, pooling) in zip(model.read_layers(), config.cls_reads, strict=True)
         ],

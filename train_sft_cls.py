@@ -86,6 +86,10 @@ class TaskArguments:
     explanation_no_repeat_ngram_size: int = field(
         default=6, metadata={"help": "Stored in the checkpoint: no run of so many tokens twice in an explanation."}
     )
+    explanation_guidance_scale: float = field(
+        default=1.0, metadata={"help": "Stored in the checkpoint: above 1, guided words are held to the verdict more "
+                                       "firmly, and decoding takes twice as long."}
+    )  # fmt: skip
     save_adapter: bool = field(
         default=False, metadata={"help": "Save the LoRA adapter too, beside the checkpoint that it is merged into."}
     )
@@ -185,6 +189,7 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
             "cls_reads": parse_reads(arguments.cls_reads),
             "cls_bias": arguments.cls_bias,
             "explanation_no_repeat_ngram_size": arguments.explanation_no_repeat_ngram_size,
+            "explanation_guidance_scale": arguments.explanation_guidance_scale,
         },
         dtype=model_arguments.dtype or "float32",
         **kwargs,

@@ -128,9 +128,10 @@ def predict(
     if overwrite:
         path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(
-        path, {**_identity(model), "rows": _digest(rows), "mode": mode, "max_new_tokens": max_new_tokens}
-    )
+    options = {"mode": mode, "max_new_tokens": max_new_tokens}
+    if mode == "guided":
+        options["guidance_scale"] = getattr(model.config, "explanation_guidance_scale", 1.0)
+    journal = Journal(path, {**_identity(model), "rows": _digest(rows), **options})
     for row_id, text in zip(rows.ids[journal.count :], rows.texts[journal.count :], strict=True):
         try:
             model.encoder.encode(text)
@@ -138,14 +139,14 @@ def predict(
             raise ValueError(f"{rows.name}, row {row_id!r}: {error}") from error
     if journal.count:
         logger.info("%s, %s: %d of %d answers are there already.", rows.name, mode, journal.count, len(rows.ids))
-    options = {} if max_new_tokens is None or mode == "none" else {"max_new_tokens": max_new_tokens}
+    lengths = {} if max_new_tokens is None or mode == "none" else {"max_new_tokens": max_new_tokens}
     with tqdm(desc=f"{rows.name} ({mode})", unit="row", initial=journal.count, total=len(rows.ids)) as progress:
         while journal.count < len(rows.ids):
             window = rows.texts[journal.count : journal.count + CHUNKS[mode]]
             if mode == "none":
                 predictions = model.classify(window, batch_size=batch_size)
             else:
-                predictions = model.classify_and_explain(window, batch_size=batch_size, mode=mode, **options)
+                predictions = model.classify_and_explain(window, batch_size=batch_size, mode=mode, **lengths)
             journal.append([{name: getattr(answer, name) for name in ANSWER} for answer in predictions])
             progress.update(len(window))
     answers = pd.DataFrame(list(journal), columns=list(ANSWER))

@@ -116,6 +116,19 @@ def test_numbers_and_files(checkpoint, model, task, tmp_path):
     assert "Do the words agree with the number?" in (output / "report.html").read_text()
 
 
+def test_words_at_another_guidance_than_the_checkpoints(checkpoint, model, task, tmp_path):
+    options = {"modes": ["guided"], "limit": 4}
+    evaluate(checkpoint, task, tmp_path / "plain", **options)
+    evaluate(checkpoint, task, tmp_path / "out", explanation_guidance_scale=300.0, **options)
+    plain, found = (pd.read_parquet(tmp_path / name / "predictions.parquet") for name in ("plain", "out"))
+    rows = {row["id"]: {"findings": row["findings"], "claim": row["claim"]} for row in make_rows("test")}
+    model.config.explanation_guidance_scale = 300.0
+    expected = model.classify_and_explain([rows[each] for each in found["id"]])
+    assert found["explanation"].tolist() == [p.explanation for p in expected] != plain["explanation"].tolist()
+    with pytest.raises(ValueError, match="another"):
+        evaluate(checkpoint, task, tmp_path / "out", explanation_guidance_scale=2.0, **options)
+
+
 def test_an_ended_run_goes_on_and_a_second_one_asks_nothing_again(checkpoint, task, tmp_path, caplog):
     caplog.set_level("INFO")
     output = tmp_path / "out"
