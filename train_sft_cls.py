@@ -180,7 +180,7 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
         kwargs.update(quantization_config=quantization, device_map={"": training.device})
     if model_arguments.attn_implementation:
         kwargs["attn_implementation"] = model_arguments.attn_implementation
-    return ClsGenForCausalLMAndClassification.from_backbone(
+    model = ClsGenForCausalLMAndClassification.from_backbone(
         backbone,
         task=task.prompt,
         labels=task.labels,
@@ -194,6 +194,9 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
         dtype=model_arguments.dtype or "float32",
         **kwargs,
     )
+    # A shorter limit would cut off what the LM learns to say last: the verdict.
+    model.generation_config.max_new_tokens = training.max_explanation_length
+    return model
 
 
 def start_warm(

@@ -52,9 +52,8 @@ def command(task_folder, backbone, output_dir, *more):
 def test_main_job_from_a_folder_to_a_checkpoint(task_folder, backbones, tmp_path, capsys):
     output = tmp_path / "out"
     results = tmp_path / "results"
-    main(
-        command(task_folder, backbones["llama"], output, "--results_dir", str(results), "--threshold_method", "youden")
-    )
+    further = ["--threshold_method", "youden", "--explanation_guidance_scale", "1.5"]
+    main(command(task_folder, backbones["llama"], output, "--results_dir", str(results), *further))
     report = json.loads((output / "metrics.json").read_text())
     assert {"auroc", "average_precision", "f1", "brier", "ece", "accuracy"} <= set(report["test"])
     assert {"seed", "command", "versions", "wall_seconds", "validation", "test_uncalibrated"} <= set(report)
@@ -83,6 +82,8 @@ def test_main_job_from_a_folder_to_a_checkpoint(task_folder, backbones, tmp_path
         report["test_conformal"]["coverage"]
     )
     assert model.config.explanation_no_repeat_ngram_size == 6
+    assert model.config.explanation_guidance_scale == 1.5
+    assert model.generation_config.max_new_tokens == 40
     card = ModelCard.load(output / "model" / "README.md")
     assert "error rate of 0.1" in str(card)
     assert f"| test | {report['test']['auroc']:.3f} |" in str(card)
