@@ -6,7 +6,7 @@ python -m benchmarks.inference --only memory      # one comparison; the others' 
 `generate` is the same model's, apart from CLSGen's own methods: linear layers by torch's kernels, and a cache that it
 fills itself. Ratios of speed (`classify_vs_*`, `batch_explain_vs_generate`, `int8_vs_float32_latency`,
 `onednn_vs_torch_linear`) are ours over the peer's, higher is better; ratios of time and memory (`explain_vs_*`,
-`classify_peak_memory_*`) are ours over the peer's, lower is better.
+`guidance_vs_none`, `classify_peak_memory_*`) are ours over the peer's, lower is better.
 """
 
 import argparse
@@ -34,7 +34,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 BATCH_SIZES = (1, 4, 8, 16)
 NEW_TOKENS = 64
-COMPARISONS = ("explain", "linear", "int8", "batch", "classify", "memory", "two_pass", "clinifact")
+COMPARISONS = ("explain", "guidance", "linear", "int8", "batch", "classify", "memory", "two_pass", "clinifact")
 logger = logging.getLogger("benchmarks.inference")
 
 
@@ -127,6 +127,34 @@ def compare_explain(model: Any, text: dict[str, str], repeats: int) -> dict[str,
         "ratio": middle["guided"] / middle["generate"],
         "ratio_free": middle["free"] / middle["generate"],
         "prompt_tokens": ids.shape[1],
+        "new_tokens": NEW_TOKENS,
+        "median_seconds": middle,
+        "seconds": seconds,
+    }
+
+
+def compare_guidance(model: Any, texts: list[dict[str, str]], repeats: int) -> dict[str, Any]:
+    """Time of explanations with `explanation_guidance_scale` over that without: of one text, and of a batch."""
+
+    def explain(scale: float, given: list[dict[str, str]]) -> None:
+        model.config.explanation_guidance_scale = scale
+        model.classify_and_explain(given, **exactly(NEW_TOKENS))
+
+    stored = model.config.explanation_guidance_scale
+    seconds = {
+        str(len(given)): take_turns(
+            {"guidance": lambda given=given: explain(2.0, given), "none": lambda given=given: explain(1.0, given)},
+            repeats,
+        )
+        for given in (texts[:1], texts)
+    }
+    model.config.explanation_guidance_scale = stored
+    middle = {count: medians(timed) for count, timed in seconds.items()}
+    one, batch = (each["guidance"] / each["none"] for each in middle.values())
+    return {
+        "ratio": one,
+        "ratio_batch": batch,
+        "texts": len(texts),
         "new_tokens": NEW_TOKENS,
         "median_seconds": middle,
         "seconds": seconds,
@@ -296,6 +324,8 @@ def main() -> None:
         found["classify_vs_pipeline_trial_claims"] = compare_classify(model, texts, backbone, repeats)
     if "explain" in wanted:
         found["explain_vs_generate"] = compare_explain(model, texts[0], repeats)
+    if "guidance" in wanted:
+        found["guidance_vs_none"] = compare_guidance(model, texts[:64], repeats)
     if "linear" in wanted:
         found["onednn_vs_torch_linear"] = compare_linear_layers(model, texts[:64], repeats)
     if "batch" in wanted:
