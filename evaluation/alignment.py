@@ -136,7 +136,7 @@ def second_reading_report(
     Returns:
         `dict` of estimates (see [`intervals.metrics_with_intervals`]):
 
-        - `auroc`: of `lm_probability` for the gold label.
+        - `auroc`: of `lm_probability` for the gold label; `auroc_of_both`: of its mean with `probability`.
         - `agreement`: share of rows where it lies on the decision's side of 0.5.
         - `errors_where_agreed`, `errors_where_not`: share of wrong decisions among these rows, and among the others.
         - `auroc_of_distance`: how well `|probability - lm_probability|` tells wrong decisions from right ones; and
@@ -144,8 +144,12 @@ def second_reading_report(
     """
     wrong = (rows["predicted"] != rows["gold"]).to_numpy()
     agreed = ((rows["lm_probability"] >= 0.5) == (rows["predicted"] == 1)).to_numpy()
+    readings = {"auroc": rows["lm_probability"], "auroc_of_both": (rows["lm_probability"] + rows["probability"]) / 2}
     found = {
-        "auroc": metrics_with_intervals(rows["gold"], rows["lm_probability"], 0.5, samples, seed)["auroc"],
+        **{
+            name: metrics_with_intervals(rows["gold"], reading, 0.5, samples, seed)["auroc"]
+            for name, reading in readings.items()
+        },
         "agreement": share(int(agreed.sum()), len(rows), "rows"),
         "errors_where_agreed": share(int(wrong[agreed].sum()), int(agreed.sum()), "row where both agree"),
         "errors_where_not": share(int(wrong[~agreed].sum()), int((~agreed).sum()), "row where they differ"),

@@ -67,6 +67,7 @@ def second_reading(evaluated: Evaluated) -> Section | None:
     report = second_reading_report(frame, evaluated.threshold, evaluated.samples, evaluated.seed)
     names = {
         "auroc": "AUROC of the LM's reading for the true label",
+        "auroc_of_both": "AUROC of its mean with the probability",
         "agreement": "rows where it is on the decision's side",
         "errors_where_agreed": "wrong decisions among these rows",
         "errors_where_not": "wrong decisions among the others",

@@ -359,6 +359,7 @@ def test_what_a_second_reading_is_worth():
     )
     found = second_reading_report(rows, 0.5, samples=200)
     assert found["auroc"]["value"] == pytest.approx(roc_auc_score(rows["gold"], rows["lm_probability"]))
+    assert found["auroc_of_both"]["value"] == 1.0  # 0.85, 0.65 and 0.65 against 0.15, 0.45 and 0.45
     assert found["agreement"]["value"] == 0.5  # the first three
     assert found["errors_where_agreed"]["value"] == 0.0
     assert found["errors_where_not"]["value"] == pytest.approx(2 / 3)  # but for the fourth
