@@ -325,7 +325,7 @@ def main() -> None:
     if "explain" in wanted:
         found["explain_vs_generate"] = compare_explain(model, texts[0], repeats)
     if "guidance" in wanted:
-        found["guidance_vs_none"] = compare_guidance(model, texts[:64], repeats)
+        found["guidance_vs_none"] = compare_guidance(model, texts[:16], repeats)
     if "linear" in wanted:
         found["onednn_vs_torch_linear"] = compare_linear_layers(model, texts[:64], repeats)
     if "batch" in wanted:
