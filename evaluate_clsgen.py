@@ -5,6 +5,7 @@ python evaluate_clsgen.py --model outputs/trial_claims/model --task trial_claims
 """
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -115,6 +116,10 @@ class EvaluationArguments:
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
+        scale = self.explanation_guidance_scale
+        if scale is not None and not 0 < scale < math.inf:
+            raise ValueError(f"`explanation_guidance_scale` must be a finite number above 0, got {scale}.")
+
     @property
     def targets(self) -> list[Target]:
         """What the threshold sheet finds thresholds for; raises `ValueError` for one that makes no sense."""
@@ -147,10 +152,15 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     other_tasks = [load_task(name, source or None) for name, _, source in others]
     output_dir = Path(arguments.output_dir or Path("outputs") / task.name / "evaluation")
     output_dir.mkdir(parents=True, exist_ok=True)
-    about: dict[str, Any] = {"revision": arguments.revision, "trust_remote_code": True}
-    if arguments.explanation_guidance_scale is not None:
-        about["explanation_guidance_scale"] = arguments.explanation_guidance_scale
+    about = {"revision": arguments.revision, "trust_remote_code": True}
     model = AutoModel.from_pretrained(arguments.model, device_map="auto", **about)
+    if arguments.explanation_guidance_scale is not None:
+        if not hasattr(model.config, "explanation_guidance_scale"):
+            raise ValueError(
+                f"{arguments.model} comes with code of its own from before `explanation_guidance_scale`: evaluate it "
+                "without."
+            )
+        model.config.explanation_guidance_scale = arguments.explanation_guidance_scale
     evaluated = _predicted(model, task, other_tasks, arguments, output_dir)
     evaluated.targets = targets
     evaluated.compared = {name: _checked(name, frame, evaluated.numbers) for name, frame in compared.items()}

@@ -392,8 +392,13 @@ def read_recipe(path: str) -> str:
     return without_tokens(Path(path).read_text(encoding="utf-8"))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; see the module's docstring."""
+def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> None:
+    """Runs the command line; see the module's docstring.
+
+    Args:
+        argv (`list[str]`, *optional*): Its arguments.
+        run (`dict`, *optional*): What [`run_record.describe_run`] says of another command that this one is part of.
+    """
     argv = sys.argv[1:] if argv is None else argv
     started = time.time()
     recipe = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else str(DEFAULT_RECIPE)
@@ -415,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": training.seed,
         "train_rows": class_counts(task.splits["train"]),
         "threshold_method": arguments.threshold_method,
-        **describe_run("train_sft_cls.py", argv),
+        **(run or describe_run("train_sft_cls.py", argv)),
         "started": started,
     }
     asked = publication(task, arguments, training, report)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import yaml
 
-from clsgen.atomic_io import write_json
 from clsgen.run_record import describe_run
 from clsgen.tasks import Task, load_task
 from clsgen.train_sft_cls import main as train
@@ -118,11 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         planned = plan(arguments.name, arguments.task, arguments.seed, further, arguments.data_dir)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    train(planned)
-    # Training knows its own command alone, which may read a folder that was made here.
-    results = Path(planned[planned.index("--results_dir") + 1]) / "metrics.json"
-    report = json.loads(results.read_text(encoding="utf-8"))
-    write_json(results, report | describe_run("-m", ["benchmarks.ablations", *argv]))
+    # Training's own command may read a folder that was made here, and that nobody else has.
+    train(planned, describe_run("-m", ["benchmarks.ablations", *argv]))
 
 
 if __name__ == "__main__":

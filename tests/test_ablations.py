@@ -63,10 +63,9 @@ def test_run(tmp_path, monkeypatch, backbones):
     (tmp_path / "recipes" / "few.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     further = ["--model_name_or_path", backbones["llama"], "--num_examples", "0"]
-    argv = ["--name", "explanations-0", "--task", str(folder), *further]
+    argv = ["--name", "explanations-0", "--task", str(folder), "--results_dir", str(tmp_path / "mine"), *further]
     main(argv)
-    path = tmp_path / "results/few/ablations/explanations-0/seed-0/metrics.json"
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = json.loads((tmp_path / "mine/metrics.json").read_text(encoding="utf-8"))
     assert report["command"] == shlex.join(["python", "-m", "benchmarks.ablations", *argv])
     assert report["train_rows"]["explained"] == 0
     assert report["test"]["rows"] == 24

@@ -129,6 +129,15 @@ def test_words_at_another_guidance_than_the_checkpoints(checkpoint, model, task,
         evaluate(checkpoint, task, tmp_path / "out", explanation_guidance_scale=2.0, **options)
 
 
+def test_a_guidance_that_cannot_be(task, tmp_path):
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`explanation_guidance_scale` must be a finite number above 0"):
+            evaluate("anything", task, tmp_path / "out", explanation_guidance_scale=wrong)
+    older = Path(__file__).parent / "fixtures" / "format_1"
+    with pytest.raises(ValueError, match="from before `explanation_guidance_scale`"):
+        evaluate(str(older), task, tmp_path / "out", explanation_guidance_scale=2.0)
+
+
 def test_an_ended_run_goes_on_and_a_second_one_asks_nothing_again(checkpoint, task, tmp_path, caplog):
     caplog.set_level("INFO")
     output = tmp_path / "out"
