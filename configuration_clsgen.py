@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-FORMAT_VERSION = 1  # raised when older code would read a newer checkpoint wrongly; one fixture each in tests/fixtures
+FORMAT_VERSION = 2  # raised when older code would read a newer checkpoint wrongly; one fixture each in tests/fixtures
 POOLINGS = ("decision", "mean")
 AUTO_MAP = {
     "AutoConfig": "configuration_clsgen.ClsGenConfig",
@@ -43,9 +43,14 @@ class ClsGenConfig(PreTrainedConfig):
             Weights of the two losses in `loss`.
         pos_weight (`float`, *optional*, defaults to 1.0):
             Weight of the positive class in the BCE loss; undone at inference by subtracting its log from the logit.
+        lm_reading_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the LM's own reading (the log-odds of the two verdict lines) in the number, from 0 to 1; the rest
+            is the head's. Above 0, `classify` runs all layers, and the verdict lines too. Set it with
+            `calibrate_clsgen.py`, for calibration, threshold and prediction sets are of one weight.
         calibration (`dict[str, float]`, *optional*, defaults to `{"temperature": 1.0, "bias": 0.0}`):
-            `probability = sigmoid((logit - log(pos_weight)) / temperature + bias)`. Nested, since transformers takes
-            a top-level `temperature` for a generation parameter.
+            `probability = sigmoid(logit / temperature + bias)`, where the logit is the head's less `log(pos_weight)`,
+            or what `lm_reading_weight` makes of it. Nested, since transformers takes a top-level `temperature` for a
+            generation parameter.
         threshold (`float`, *optional*, defaults to 0.5):
             The positive label is given where `probability >= threshold`.
         base_rate (`float`, *optional*):
@@ -58,13 +63,13 @@ class ClsGenConfig(PreTrainedConfig):
         max_prompt_length (`int`, *optional*, defaults to 864):
             Longest prompt in tokens; a longer text is cut in the middle of its document.
         explanation_mode (`"guided"` or `"free"`, *optional*, defaults to `"guided"`):
-            Whether explanations start from a verdict line that the head's decision sets.
+            Whether explanations start from the verdict line of the model's decision, or of the LM's own reading.
         explanation_no_repeat_ngram_size (`int`, *optional*, defaults to 0):
             Longest run of tokens that an explanation may say twice, plus one; 0 for no limit. Unlike `generate`'s
             `no_repeat_ngram_size` it leaves the prompt alone, whose numbers an explanation has to repeat.
         explanation_guidance_scale (`float`, *optional*, defaults to 1.0):
-            How firmly a guided explanation is held to its verdict line: above 1, words count more that only this
-            verdict makes likely, not the other one. A step of decoding then costs two.
+            How firmly an explanation is held to its verdict line: above 1, words count more that only this verdict
+            makes likely, not the other one. A step of decoding then costs two.
         clsgen_version (`int`, *optional*):
             Version of the checkpoint format; a file without one has version 1. Newer ones than this code knows are
             refused, older ones are read and saved again in the current format.
@@ -83,6 +88,7 @@ class ClsGenConfig(PreTrainedConfig):
         lm_weight: float = 1.0,
         cls_weight: float = 1.0,
         pos_weight: float = 1.0,
+        lm_reading_weight: float = 0.0,
         calibration: dict[str, float] | None = None,
         threshold: float = 0.5,
         base_rate: float | None = None,
@@ -113,6 +119,7 @@ class ClsGenConfig(PreTrainedConfig):
         self.lm_weight = lm_weight
         self.cls_weight = cls_weight
         self.pos_weight = pos_weight
+        self.lm_reading_weight = lm_reading_weight
         self.calibration = {"temperature": 1.0, "bias": 0.0, **(calibration or {})}
         self.threshold = threshold
         self.base_rate = base_rate
@@ -150,6 +157,8 @@ class ClsGenConfig(PreTrainedConfig):
         for name, value in above_zero.items():
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"`{name}` must be a finite number above 0, got {value}.")
+        if not 0 <= self.lm_reading_weight <= 1:
+            raise ValueError(f"`lm_reading_weight` must lie between 0 and 1, got {self.lm_reading_weight}.")
         if self.base_rate is not None and not 0 < self.base_rate < 1:
             raise ValueError(f"`base_rate` must lie between 0 and 1, both excluded, got {self.base_rate}.")
         if self.explanation_mode not in ("guided", "free"):

@@ -21,9 +21,9 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from .batching_clsgen import alike, pad_left, pass_tokens, token_batches
+from .batching_clsgen import pad_left, pass_tokens, token_batches
 from .caching_clsgen import SharedPrefix, can_be_padded_within, joined
-from .prompting_clsgen import EncodedPrompt, TaskPrompt
+from .prompting_clsgen import TaskPrompt
 
 # Options of `generate` that mean the same when a batch is generated in several calls, each from where the last ended.
 _RESUMABLE = {
@@ -107,32 +107,31 @@ class Prefill:
 
     Args:
         model ([`ClsGenForCausalLMAndClassification`]): In evaluation mode.
-        prompts (`list[EncodedPrompt]`): A batch.
+        prompts (`list[list[int]]`): Ids of a batch.
         prefix ([`SharedPrefix`], *optional*): What they begin with, where it is computed already.
     """
 
-    def __init__(self, model: Any, prompts: list[EncodedPrompt], prefix: SharedPrefix | None = None):
+    def __init__(self, model: Any, prompts: list[list[int]], prefix: SharedPrefix | None = None):
         self.model = model
-        ids = [prompt.input_ids for prompt in prompts]
-        prefix = prefix or SharedPrefix.of(model, ids, whole=True)
-        self.batch = prefix.pad(model, ids)
-        places = [list(range(len(ids)))]
+        prefix = prefix or SharedPrefix.of(model, prompts, whole=True)
+        self.batch = prefix.pad(model, prompts)
+        places = [list(range(len(prompts)))]
         if can_be_padded_within(prefix.cache):
-            lengths = [len(each) - len(prefix.input_ids) for each in ids]
+            lengths = [len(prompt) - len(prefix.input_ids) for prompt in prompts]
             places = [sorted(rows) for rows in token_batches(lengths, pass_tokens(model.device))]
-        passes = [self._run([ids[i] for i in rows], prefix) for rows in places]
-        cls_logits, next_logits, caches = zip(*passes, strict=True)
+        passes = [self._run([prompts[i] for i in rows], prefix) for rows in places]
+        cls_logits, caches = zip(*passes, strict=True)
         back = torch.tensor(list(chain(*places))).argsort()
         self.cls_logits = torch.cat(cls_logits).cpu()[back]  # (batch_size,)
-        self._next_logits = torch.cat(next_logits)[back.to(model.device)]  # (batch_size, 1, vocab_size)
         self.cache = joined(list(zip(places, caches, strict=True)), len(prefix.input_ids))
+        self.cache.crop(-1)  # it always lacks the last tokens: `generate` needs some to start from
         self._guidance: VerdictGuidance | None = None
 
-    def _run(self, prompts: list[list[int]], prefix: SharedPrefix) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """Both heads' logits at the last tokens of prompts that go into one forward pass, and the cache."""
+    def _run(self, prompts: list[list[int]], prefix: SharedPrefix) -> tuple[torch.Tensor, DynamicCache]:
+        """The head's logits at the last tokens of prompts that go into one forward pass, and the cache."""
         batch, past = prefix.batch(self.model, prompts)
         outputs = self.model(**batch, **past, use_cache=True, logits_to_keep=1)
-        return outputs.cls_logits[:, -1], outputs.logits, past["past_key_values"]
+        return outputs.cls_logits[:, -1], past["past_key_values"]
 
     def copy(self) -> "Prefill":
         """A prefill to go on from in another way than from this one."""
@@ -140,62 +139,52 @@ class Prefill:
         other.cache, other.batch = copy.deepcopy(self.cache), dict(self.batch)
         return other
 
-    def read_verdicts(self, labels: list[int]) -> torch.FloatTensor:
-        """Lets each explanation begin with the verdict line of a label, and reads how likely the LM finds either line.
+    def read_verdicts(self) -> torch.FloatTensor:
+        """The LM's own reading: log P(verdict line of label 1) - log P(that of label 0), shape `(batch_size,)`."""
+        scores = []
+        for line in self._verdict_lines:
+            length = self.length
+            logits = self._append([line] * len(self.cls_logits), logits_to_keep=len(line)).cpu()
+            self._rewind(length)
+            scores.append(logits.float().log_softmax(dim=-1)[:, range(len(line)), line].sum(dim=1))
+        return scores[1] - scores[0]
 
-        What the two lines begin with alike is computed once, and the lines that are kept for good.
-
-        Args:
-            labels (`list[int]`): 0 or 1, one a row.
-
-        Returns:
-            P(line of 1) / (P(line of 0) + P(line of 1)) by the LM, shape `(batch_size,)`.
-        """
-        lines = [self.model.encoder.encode_verdict(label) for label in (0, 1)]
-        shared = min(alike(lines), *(len(line) - 1 for line in lines))
-        if shared:
-            self._next_logits = self._append([lines[0][:shared]] * len(labels), logits_to_keep=1)
-        kept, ends = dict(self.batch), [line[shared:] for line in lines]
-        other = self._score_ends([ends[1 - label] for label in labels])
-        scale = self.model.config.explanation_guidance_scale
+    def write_verdicts(self, labels: list[int]) -> None:
+        """Lets each explanation begin with the verdict line of a label: 0 or 1, one a row."""
+        scale, length = self.model.config.explanation_guidance_scale, self.length
         if scale != 1:
+            self._append([self._verdict_lines[1 - label] for label in labels])
             self._guidance = VerdictGuidance(scale, self.model, self.batch, copy.deepcopy(self.cache))
-        self._forget_behind(kept["input_ids"].shape[1])
-        self.batch = kept
-        chosen = self._score_ends([ends[label] for label in labels])
-        signs = 2 * torch.tensor(labels) - 1
-        return torch.sigmoid(signs * (chosen - other))
+            self._rewind(length)
+        self._append([self._verdict_lines[label] for label in labels])
 
-    def _append(self, rows: list[list[int]], logits_to_keep: int = 0) -> torch.FloatTensor:
-        """Logits behind the tokens that each row goes on with, or behind the last ones; over the whole vocabulary."""
+    @property
+    def length(self) -> int:
+        """Tokens of each row so far, padding included."""
+        return self.batch["input_ids"].shape[1]
+
+    @property
+    def _verdict_lines(self) -> list[list[int]]:
+        return [self.model.encoder.encode_verdict(label) for label in (0, 1)]
+
+    def _append(self, rows: list[list[int]], logits_to_keep: int = 1) -> torch.FloatTensor:
+        """Lets each row go on with these ids; returns the logits that predict the last `logits_to_keep` of them."""
+        start = self.length - 1
         new = pad_left(rows, self.model.pad_token_id, self.model.device)
         self.batch = {name: torch.cat([self.batch[name], new[name]], dim=1) for name in new}
-        mask = self.batch["attention_mask"]
+        ids, mask = self.batch["input_ids"][:, start:-1], self.batch["attention_mask"][:, :-1]
         past = {"past_key_values": self.cache, "logits_to_keep": logits_to_keep}
-        return self.model(input_ids=new["input_ids"], attention_mask=mask, **past).logits
+        return self.model(input_ids=ids, attention_mask=mask, **past).logits
 
-    def _score_ends(self, ends: list[list[int]]) -> torch.FloatTensor:
-        """Log-probability of what each row goes on with, shape `(batch_size,)`; the cache lacks the last tokens."""
-        batch = pad_left(ends, self.model.pad_token_id, self.model.device)
-        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        logits = self._next_logits
-        if ids.shape[1] > 1:
-            following = self._append([end[:-1] for end in ends])
-            logits = torch.cat([logits, torch.where(mask[:, :-1, None], following, logits)], dim=1)
-        self.batch = {name: torch.cat([self.batch[name], batch[name][:, -1:]], dim=1) for name in batch}
-        scores = logits.float().log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
-        return scores.masked_fill(~mask, 0).sum(dim=1).cpu()
-
-    def _forget_behind(self, length: int) -> None:
-        if surplus := self.cache.get_seq_length() - length:
-            self.cache.crop(-surplus)
+    def _rewind(self, length: int) -> None:
+        """Forgets what stands behind the first `length` tokens."""
+        self.cache.crop(length - self.length)
+        self.batch = {name: values[:, :length] for name, values in self.batch.items()}
 
     def start(self, generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         """The arguments of `generate` that go on from here, with the caller's options. They use this prefill up."""
         config, options = self.model.config, dict(generate_kwargs or {})
         settled = _settled(self.model.generation_config, options)
-        length = self.batch["input_ids"].shape[1]
-        self._forget_behind(length - 1)  # `generate` needs a token to start from
         if "max_length" not in options:
             options.setdefault("max_new_tokens", settled.max_new_tokens or 128)
         mode = settled.get_generation_mode(options.get("assistant_model"))
@@ -208,7 +197,7 @@ class Prefill:
                 "explanation is held to its verdict by the verdict line alone."
             )
         if config.explanation_no_repeat_ngram_size:
-            ours.append(NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, length))
+            ours.append(NoRepeatBehindPrompt(config.explanation_no_repeat_ngram_size, self.length))
         if ours:
             options["logits_processor"] = LogitsProcessorList([*ours, *options.get("logits_processor", ())])
         if mode != GenerationMode.ASSISTED_GENERATION:  # that reads the whole prompt, also what a cache holds already

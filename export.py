@@ -37,7 +37,9 @@ from clsgen.prompting_clsgen import PromptEncoder
 logger = logging.getLogger("clsgen.export")
 CONSTANT_TOLERANCE = 1e-6  # in log-odds
 FORMULA = (
-    "probability = sigmoid((cls_logit - log(pos_weight)) / temperature + bias); label 1 where probability >= threshold"
+    "probability = sigmoid(logit / temperature + bias), where logit = (1 - lm_reading_weight) * (cls_logit - "
+    "log(pos_weight)) + lm_reading_weight * (log P(verdict_ids[1]) - log P(verdict_ids[0])), by the language model "
+    "behind the prompt; label 1 where probability >= threshold"
 )
 
 
@@ -56,6 +58,8 @@ def stock_form_problem(model: ClsGenForCausalLMAndClassification) -> str | None:
     layers, poolings = model.read_layers(), [pooling for _, pooling in config.cls_reads]
     if layers != [config.text_config.num_hidden_layers] or poolings != ["decision"]:
         return f"the head reads {config.cls_reads}, and a stock one reads [[-1, 'decision']] alone"
+    if config.lm_reading_weight:
+        return "the language model's own reading is a part of the number (`lm_reading_weight`)"
     constant = head_constant(model)
     if abs(constant) > CONSTANT_TOLERANCE:
         return (
@@ -144,6 +148,7 @@ def description(model: ClsGenForCausalLMAndClassification) -> dict[str, Any]:
         ),
         "probability": FORMULA,
         "pos_weight": config.pos_weight,
+        "lm_reading_weight": config.lm_reading_weight,
         **config.calibration,
         "threshold": config.threshold,
         "base_rate": config.base_rate,

@@ -140,18 +140,26 @@ class ClsGenInferenceMixin:
         rule.prior_shift(prior)
 
         def predict(prompts: list[EncodedPrompt], prefix: SharedPrefix) -> list[Prediction]:
-            logits = self._logits([prompt.input_ids for prompt in prompts], prefix)
-            return rule.predict(logits, [prompt.truncated for prompt in prompts], prior)
+            cls_logits, readings = self._read([prompt.input_ids for prompt in prompts], prefix)
+            return rule.predict(cls_logits, [prompt.truncated for prompt in prompts], prior, readings)
 
         return self._predict_iter(
-            texts, predict, whole=False, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
+            texts, predict, whole=rule.lm_reading_weight > 0, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
             attributions=attributions, progress=progress,
         )  # fmt: skip
 
-    def _logits(self, prompts: list[list[int]], prefix: SharedPrefix) -> torch.FloatTensor:
-        """The head's logits of a batch of prompts that begin with `prefix`, shape `(rows,)`, on the CPU."""
+    def _read(
+        self, prompts: list[list[int]], prefix: SharedPrefix
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
+        """What [`DecisionRule.logits`] takes, of a batch of prompts that begin with `prefix`.
+
+        The head's logits, of shape `(rows,)` on the CPU, and of the same shape the LM's readings where they count.
+        """
+        if self.config.lm_reading_weight > 0:
+            prefill = Prefill(self, prompts, prefix)
+            return prefill.cls_logits, prefill.read_verdicts()
         batch, past = prefix.batch(self, prompts)
-        return self.run_to_head(**batch, **past)[0].cpu()
+        return self.run_to_head(**batch, **past)[0].cpu(), None
 
     def classify(
         self,
@@ -162,7 +170,10 @@ class ClsGenInferenceMixin:
         attributions: bool = False,
         max_batch_tokens: int | None = None,
     ) -> Prediction | list[Prediction]:
-        """The task's answer for each text, without an explanation: only the layers below the head are run.
+        """The task's answer for each text, without an explanation.
+
+        Only the layers below the head are run, unless the LM's own reading is a part of the number (the config's
+        `lm_reading_weight`).
 
         Args:
             texts (`str`, `dict` or a list of them): A `dict` has the task's fields; a `str` is a whole text.
@@ -203,10 +214,9 @@ class ClsGenInferenceMixin:
         rule.prior_shift(prior)
 
         def predict(prompts: list[EncodedPrompt], prefix: SharedPrefix) -> list[Prediction]:
-            prefill = Prefill(self, prompts, prefix)
-            predictions = rule.predict(prefill.cls_logits, [prompt.truncated for prompt in prompts], prior)
-            labels = [prediction.label_id for prediction in predictions] if mode == "guided" else None
-            return self._explained(prefill, predictions, labels, generate_kwargs)
+            prefill = Prefill(self, [prompt.input_ids for prompt in prompts], prefix)
+            predictions = self._answers(prefill, [prompt.truncated for prompt in prompts], mode, prior)
+            return self._explained(prefill, predictions, self._verdicts(predictions, mode), generate_kwargs)
 
         return self._predict_iter(
             texts, predict, whole=True, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
@@ -229,8 +239,9 @@ class ClsGenInferenceMixin:
         Args:
             texts, batch_size, prior, attributions: As in [`classify`].
             max_batch_tokens (`int`, *optional*, defaults to 16384): Most prompt tokens of a batch, padding included.
-            mode (`"guided"` or `"free"`, *optional*): `"guided"` starts the explanation from the verdict line of the
-                head's decision, `"free"` gives the LM no hint. Defaults to the config's `explanation_mode`.
+            mode (`"guided"` or `"free"`, *optional*): `"guided"` starts the explanation from the verdict line of its
+                decision, `"free"` gives the LM no hint: it writes a line of its own (with the config's
+                `explanation_guidance_scale`, the likelier of the two). Defaults to the config's `explanation_mode`.
             generate_kwargs: For `generate`, over the stored generation config; e.g. `max_new_tokens`, `do_sample`.
 
         Returns:
@@ -259,12 +270,12 @@ class ClsGenInferenceMixin:
     ) -> Prediction | list[Prediction]:
         """An explanation of a verdict of the caller's choice: what would speak for it, were it true?
 
-        The number stays the head's own; `explained_label` names the verdict that the words argue for.
+        The number stays the model's own; `explained_label` names the verdict that the words argue for.
 
         Args:
             text (`str` or `dict`): As in [`classify`].
             label (`str`, `int` or a list of them, *optional*): Name or id of the label to argue for; several share one
-                prefill. Defaults to the head's decision.
+                prefill. Defaults to the model's decision.
             prior: As in [`classify`].
             generate_kwargs: For `generate`.
 
@@ -277,11 +288,10 @@ class ClsGenInferenceMixin:
         several = isinstance(label, list | tuple)
         wanted = [self._label_id(each) for each in (label if several else [label])]
         prompts = self._encode_all([text])
-        rule = DecisionRule.from_config(self.config)
-        rule.prior_shift(prior)
+        DecisionRule.from_config(self.config).prior_shift(prior)
         self.eval()
-        prefill = Prefill(self, prompts)
-        predictions = rule.predict(prefill.cls_logits, [prompts[0].truncated], prior)
+        prefill = Prefill(self, [prompts[0].input_ids])
+        predictions = self._answers(prefill, [prompts[0].truncated], "guided", prior)
         explained = []
         for i, label_id in enumerate(wanted):
             labels = [predictions[0].label_id if label_id is None else label_id]
@@ -304,13 +314,30 @@ class ClsGenInferenceMixin:
         labels: list[int] | None,
         generate_kwargs: dict[str, Any],
     ) -> list[Prediction]:
-        readings = [None] * len(predictions) if labels is None else prefill.read_verdicts(labels).tolist()
+        if labels is not None:
+            prefill.write_verdicts(labels)
         written, words = zip(*prefill.explain(generate_kwargs), strict=True)
         names = [None if label is None else self.config.label_names[label] for label in labels or written]
         return [
-            replace(prediction, explanation=text, explained_label=name, lm_probability=reading)
-            for prediction, text, name, reading in zip(predictions, words, names, readings, strict=True)
+            replace(prediction, explanation=text, explained_label=name)
+            for prediction, text, name in zip(predictions, words, names, strict=True)
         ]
+
+    def _answers(
+        self, prefill: Prefill, truncated: list[bool], mode: str | None, prior: float | None = None
+    ) -> list[Prediction]:
+        """Predictions for computed prompts, before any words; verdicts are read if these, or the number, need it."""
+        rule = DecisionRule.from_config(self.config)
+        readings = prefill.read_verdicts() if mode or rule.lm_reading_weight else None
+        return rule.predict(prefill.cls_logits, truncated, prior, readings)
+
+    def _verdicts(self, predictions: list[Prediction], mode: str) -> list[int] | None:
+        """Labels of the verdict lines that explanations are to begin with; `None` where the LM writes its own."""
+        if mode == "guided":
+            return [prediction.label_id for prediction in predictions]
+        if self.config.explanation_guidance_scale == 1:
+            return None
+        return [int(prediction.lm_probability >= 0.5) for prediction in predictions]
 
     def stream(
         self,
@@ -337,31 +364,29 @@ class ClsGenInferenceMixin:
         """
         mode = self._mode(mode)
         prompts = self._encode_all([text])
-        rule = DecisionRule.from_config(self.config)
-        rule.prior_shift(prior)
-        return self._stream(prompts, rule, mode, prior, timeout, generate_kwargs)
+        DecisionRule.from_config(self.config).prior_shift(prior)
+        return self._stream(prompts, mode, prior, timeout, generate_kwargs)
 
     @torch.inference_mode()
     def _stream(
         self,
         prompts: list[EncodedPrompt],
-        rule: DecisionRule,
         mode: str,
         prior: float | None,
         timeout: float | None,
         generate_kwargs: dict[str, Any],
     ) -> Iterator[Prediction | str]:
         self.eval()
-        prefill = Prefill(self, prompts)
-        prediction = rule.predict(prefill.cls_logits, [prompts[0].truncated], prior)[0]
-        if mode == "guided":
-            name = self.config.label_names[prediction.label_id]
-            reading = prefill.read_verdicts([prediction.label_id]).item()
-            prediction = replace(prediction, explained_label=name, lm_probability=reading)
+        prefill = Prefill(self, [prompts[0].input_ids])
+        (prediction,) = self._answers(prefill, [prompts[0].truncated], mode, prior)
+        labels = self._verdicts([prediction], mode)
+        if labels is not None:
+            prefill.write_verdicts(labels)
+            prediction = replace(prediction, explained_label=self.config.label_names[labels[0]])
         yield prediction
         inputs = prefill.start(generate_kwargs)
         written, words = yield from stream_pieces(self, inputs, timeout)
-        if mode == "free" and written is not None:
+        if labels is None and written is not None:
             prediction = replace(prediction, explained_label=self.config.label_names[written])
         yield replace(prediction, explanation=words)
 
@@ -380,7 +405,7 @@ class ClsGenInferenceMixin:
 
     @torch.inference_mode()
     def attribute(self, text: Text, max_batch_tokens: int | None = None) -> tuple[Attribution, ...]:
-        """What each sentence of a text does to the head's logit, by leaving it out.
+        """What each sentence of a text does to the logit, by leaving it out.
 
         Args:
             text (`str` or `dict`): As in [`classify`].
@@ -390,12 +415,12 @@ class ClsGenInferenceMixin:
             `tuple[Attribution, ...]`: In the order of the text; nothing for what was cut from too long a text.
         """
         whole, places, variants = occlusions(self.encoder, text)
-        prompts = [whole, *variants]
-        logits = torch.empty(len(prompts))
+        prompts, rule = [whole, *variants], DecisionRule.from_config(self.config)
+        logits = torch.empty(len(prompts), dtype=torch.float64)
         self.eval()
-        prefix = SharedPrefix.of(self, prompts, whole=False)
+        prefix = SharedPrefix.of(self, prompts, whole=rule.lm_reading_weight > 0)
         for indices in token_batches(list(map(len, prompts)), max_batch_tokens or pass_tokens(self.device)):
-            logits[indices] = self._logits([prompts[i] for i in indices], prefix)
+            logits[indices] = rule.logits(*self._read([prompts[i] for i in indices], prefix))
         scores = (logits[0] - logits[1:]).tolist()
         return tuple(Attribution(*place, score=score) for place, score in zip(places, scores, strict=True))
 
@@ -403,9 +428,9 @@ class ClsGenInferenceMixin:
     def _decide(self, input_ids: list[int], explain: bool) -> Prediction:
         """The prediction for a prompt that is encoded already."""
         self.eval()
-        prefill = Prefill(self, [EncodedPrompt(input_ids, truncated=False)])
-        predictions = DecisionRule.from_config(self.config).predict(prefill.cls_logits, [False])
+        prefill = Prefill(self, [input_ids])
+        mode = self.config.explanation_mode if explain else None
+        predictions = self._answers(prefill, [False], mode)
         if explain:
-            labels = [predictions[0].label_id] if self.config.explanation_mode == "guided" else None
-            predictions = self._explained(prefill, predictions, labels, {})
+            predictions = self._explained(prefill, predictions, self._verdicts(predictions, mode), {})
         return predictions[0]

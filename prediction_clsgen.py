@@ -14,7 +14,7 @@ class Attribution:
     Args:
         field (`str`): The field of the text that holds the sentence; `"text"` where the text is one string.
         start, end (`int`): Characters of that field, `field_value[start:end]`.
-        score (`float`): The head's logit with the sentence, less that without it: above 0, it speaks for label 1.
+        score (`float`): The logit with the sentence, less that without it: above 0, it speaks for label 1.
     """
 
     field: str
@@ -31,14 +31,15 @@ class Prediction:
         label (`str`): Name of the label given.
         label_id (`int`): 1 where `probability >= threshold`, else 0.
         probability (`float`): Calibrated, of label 1.
-        logit (`float`): Of the head, before calibration, corrected for the `pos_weight` of training.
+        logit (`float`): Before calibration: of the head, corrected for the `pos_weight` of training, and pooled with
+            the LM's reading where the model's `lm_reading_weight` says so.
         threshold (`float`): The decision threshold on `probability`.
         explanation (`str`, *optional*): In words; `None` from `classify`.
         explained_label (`str`, *optional*): The label of the verdict line before the explanation: the one that the
             words were told to argue for, or in `free` mode the LM's own, which may not be `label` (`None` where it
             wrote no verdict line).
         lm_probability (`float`, *optional*): The LM's own probability of the verdict of label 1 against that of label
-            0, without a hint. `None` from `classify` and in `free` mode.
+            0, without a hint. `None` from `classify` of a model whose `lm_reading_weight` is 0.
         truncated (`bool`): Whether the text was too long, and read without the middle of its document.
         prior (`float`, *optional*): The base rate that `probability` was re-based to, if asked for.
         prediction_set (`tuple[str, ...]`, *optional*): Labels that can't be ruled out at the model's conformal error
@@ -61,7 +62,7 @@ class Prediction:
 
     @property
     def disagreement(self) -> float | None:
-        """Distance of the LM's own reading from the head's, in [0, 1]; an evaluation tells if it points to errors."""
+        """Distance of the LM's own reading from the number, in [0, 1]; an evaluation tells if it points to errors."""
         return None if self.lm_probability is None else abs(self.probability - self.lm_probability)
 
     @property
@@ -109,11 +110,11 @@ class NoNumberError(ValueError):
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """Turns raw head logits into predictions.
+    """Turns raw head logits, and the LM's readings where they count, into predictions.
 
     Args:
         labels (`tuple[str, str]`): Names of label 0 and label 1.
-        pos_weight, temperature, bias, threshold (`float`): See [`ClsGenConfig`].
+        pos_weight, temperature, bias, threshold, lm_reading_weight (`float`): See [`ClsGenConfig`].
         base_rate (`float`, *optional*): Share of label 1 among the rows that calibration was fitted on.
         conformal_quantiles (`tuple[float, float]`, *optional*): Largest nonconformity score `1 - p(label)` at which
             each label stays in the prediction set.
@@ -126,6 +127,7 @@ class DecisionRule:
     threshold: float
     base_rate: float | None = None
     conformal_quantiles: tuple[float, float] | None = None
+    lm_reading_weight: float = 0.0
 
     @classmethod
     def from_config(cls, config: Any) -> "DecisionRule":
@@ -138,12 +140,30 @@ class DecisionRule:
             threshold=config.threshold,
             base_rate=config.base_rate,
             conformal_quantiles=tuple(config.conformal["quantiles"]) if config.conformal else None,
+            lm_reading_weight=config.lm_reading_weight,
         )
 
-    def calibrated(self, logits: torch.FloatTensor) -> tuple[torch.FloatTensor, torch.FloatTensor]:
-        """Raw head logits of any shape to (logits corrected for `pos_weight`, calibrated probabilities), float64."""
-        logits = logits.double() - math.log(self.pos_weight)
-        return logits, torch.sigmoid(logits / self.temperature + self.bias)
+    def logits(self, cls_logits: torch.FloatTensor, readings: torch.FloatTensor | None = None) -> torch.FloatTensor:
+        """The number's logits: the head's, corrected for `pos_weight`, pooled with the LM's readings.
+
+        A logarithmic opinion pool of two (Genest and Zidek, 1986, "Combining Probability Distributions"), which for
+        a binary question is a weighted mean of log-odds.
+
+        Args:
+            cls_logits (`torch.FloatTensor` of any shape): The head's, raw.
+            readings (`torch.FloatTensor`, *optional*): Of the same shape; needed where `lm_reading_weight` is not 0.
+
+        Returns:
+            `torch.FloatTensor` of the same shape, float64.
+        """
+        logits = cls_logits.double() - math.log(self.pos_weight)
+        if not self.lm_reading_weight:
+            return logits
+        return (1 - self.lm_reading_weight) * logits + self.lm_reading_weight * readings.double()
+
+    def probabilities(self, logits: torch.FloatTensor) -> torch.FloatTensor:
+        """What [`logits`] gives, calibrated."""
+        return torch.sigmoid(logits / self.temperature + self.bias)
 
     def prior_shift(self, prior: float | None) -> float:
         """What re-basing to `prior` adds to the calibrated log-odds.
@@ -168,21 +188,31 @@ class DecisionRule:
         return math.log(prior / (1 - prior)) - math.log(self.base_rate / (1 - self.base_rate))
 
     def predict(
-        self, logits: torch.FloatTensor, truncated: list[bool], prior: float | None = None
+        self,
+        cls_logits: torch.FloatTensor,
+        truncated: list[bool],
+        prior: float | None = None,
+        readings: torch.FloatTensor | None = None,
     ) -> list[Prediction]:
-        """Predictions without explanations, from raw head logits of shape `(n,)`.
+        """Predictions without explanations.
+
+        Args:
+            cls_logits, readings (`torch.FloatTensor` of shape `(n,)`): See [`logits`].
+            truncated (`list[bool]`), prior (`float`, *optional*): See [`Prediction`].
 
         Raises:
             NoNumberError: for logits that are nan; infinite ones are certain.
         """
+        logits = self.logits(cls_logits, readings)
         if logits.isnan().any():
             raise NoNumberError(logits.isnan().nonzero()[:, 0].tolist())
         shift = self.prior_shift(prior)
-        corrected, probabilities = self.calibrated(logits)
+        probabilities = self.probabilities(logits)
         shifted = torch.sigmoid(torch.logit(probabilities) + shift) if shift else probabilities
+        lm_probabilities = [None] * len(logits) if readings is None else torch.sigmoid(readings.double()).tolist()
         predictions = []
-        for logit, at_base_rate, probability, was_cut in zip(
-            corrected.tolist(), probabilities.tolist(), shifted.tolist(), truncated, strict=True
+        for logit, at_base_rate, probability, lm_probability, was_cut in zip(
+            logits.tolist(), probabilities.tolist(), shifted.tolist(), lm_probabilities, truncated, strict=True
         ):
             label_id = int(probability >= self.threshold)
             predictions.append(
@@ -192,6 +222,7 @@ class DecisionRule:
                     probability=probability,
                     logit=logit,
                     threshold=self.threshold,
+                    lm_probability=lm_probability,
                     truncated=was_cut,
                     prior=prior,
                     prediction_set=self._prediction_set(at_base_rate),

@@ -1,12 +1,16 @@
-"""After training: calibration on the validation split, the numbers of each split, and their table."""
+"""What a finished model's number is worth: calibration on the validation split, metrics of each split, their table."""
 
+import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from clsgen.calibration import (
+    THRESHOLD_METHODS,
     calibrated_probabilities,
     choose_threshold,
     conformal_coverage,
@@ -15,8 +19,50 @@ from clsgen.calibration import (
 )
 from clsgen.classification_metrics import classification_metrics
 from clsgen.configuration_clsgen import ClsGenConfig
+from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.publishing.cards import CARD_METRICS
-from clsgen.trainer_clsgen import ClsGenSFTTrainer
+from clsgen.tasks import Task, class_counts
+from clsgen.training_rows import hard_labels
+
+logger = logging.getLogger(__name__)
+# What [`measure`] tells of splits in a run's report.
+SCORED = ("validation", "validation_uncalibrated", "test", "test_uncalibrated", "test_conformal")
+
+
+@dataclass
+class CalibrationArguments:
+    """What the number is made of, and how a decision is made of it; all of it is fitted on the validation split."""
+
+    lm_reading_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the LM's own reading of the verdict in the number, 0 to 1; the rest "
+                                       "is the head's. Above 0, `classify` runs the whole model."}
+    )  # fmt: skip
+    threshold_method: str = field(
+        default="f1", metadata={"help": "How to choose the threshold on the validation split.",
+                                "choices": list(THRESHOLD_METHODS)}
+    )  # fmt: skip
+    fixed_threshold: float = field(default=0.5, metadata={"help": "The threshold of `--threshold_method fixed`."})
+    conformal_error_rate: float = field(
+        default=0.1, metadata={"help": "Of the prediction sets that are fitted on the validation split: how often a "
+                                       "row of either label may lose its own."}
+    )  # fmt: skip
+
+    def __post_init__(self):
+        if self.threshold_method not in THRESHOLD_METHODS:  # argparse checks flags alone, not a recipe's values
+            raise ValueError(
+                f"`--threshold_method` must be one of {THRESHOLD_METHODS}, got {self.threshold_method!r}."
+            )
+        if not 0 <= self.fixed_threshold <= 1:
+            raise ValueError(
+                f"`--fixed_threshold` is a probability, between 0 and 1, got {self.fixed_threshold}: 0.5 for 50%."
+            )
+        if not 0 < self.conformal_error_rate < 1:
+            raise ValueError(
+                "`--conformal_error_rate` must lie between 0 and 1, both excluded, got "
+                f"{self.conformal_error_rate}: 0.1 for 10%."
+            )
+        if not 0 <= (self.lm_reading_weight or 0) <= 1:
+            raise ValueError(f"`--lm_reading_weight` must lie between 0 and 1, got {self.lm_reading_weight}.")
 
 
 def before_and_after(name: str, logits: np.ndarray, labels: np.ndarray, config: ClsGenConfig) -> dict[str, Any]:
@@ -41,20 +87,39 @@ def prediction_records(
     ]  # fmt: skip
 
 
+def check_validation_split(task: Task) -> None:
+    """Refuses a validation split that calibration could not be fitted on; a task may have none."""
+    if "validation" not in task.splits:
+        return
+    counts = class_counts(task.splits["validation"])
+    if not counts["positive"] or not counts["negative"]:
+        raise ValueError(
+            f"The validation split of {task.name!r} needs labelled rows of both classes, for calibration and "
+            f"threshold, got {counts['positive']} positive and {counts['negative']} negative. Add some, or take the "
+            "split out of the task."
+        )
+
+
+def classified(model: ClsGenForCausalLMAndClassification, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The number's logits before calibration (float64) and the [`hard_labels`] of a task's labelled rows."""
+    texts = [{field: row[field] for field in model.encoder.prompt.fields} for row in rows]
+    logits = [prediction.logit for prediction in model.classify_iter(texts, progress=True)]
+    return np.array(logits), hard_labels(rows["label"])
+
+
 def calibrate(
-    trainer: ClsGenSFTTrainer,
     config: ClsGenConfig,
-    threshold_method: str = "f1",
-    fixed_threshold: float = 0.5,
-    conformal_error_rate: float = 0.1,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    options: CalibrationArguments,
 ) -> dict[str, Any]:
     """Fits temperature, bias, threshold and prediction sets on the validation split, and writes them into `config`.
 
     Args:
-        trainer ([`ClsGenSFTTrainer`]): Its evaluation rows are the validation split.
         config ([`ClsGenConfig`]): The model's.
-        threshold_method, fixed_threshold: See [`choose_threshold`].
-        conformal_error_rate (`float`, *optional*, defaults to 0.1): See [`conformal_quantiles`].
+        logits (`np.ndarray` of shape `(rows,)`): Of the number before calibration, see [`DecisionRule.logits`].
+        labels (`np.ndarray` of shape `(rows,)`): 0 or 1.
+        options ([`CalibrationArguments`]): How.
 
     Returns:
         `dict`: Metrics of the validation split, before and after.
@@ -62,7 +127,6 @@ def calibrate(
     Raises:
         ValueError: for a validation split of one class.
     """
-    logits, labels = trainer.decisions(trainer.predict(trainer.eval_dataset, metric_key_prefix="validation"))
     if len(set(labels.tolist())) < 2:
         raise ValueError(
             f"The validation split holds one class only ({set(labels.tolist())}): nothing to calibrate on."
@@ -71,23 +135,57 @@ def calibrate(
     probabilities = calibrated_probabilities(logits, temperature, bias)
     config.calibration = {"temperature": temperature, "bias": bias}
     config.base_rate = float(labels.mean())
-    config.threshold = choose_threshold(labels, probabilities, threshold_method, fixed_threshold)
-    quantiles = list(conformal_quantiles(labels, probabilities, conformal_error_rate))
-    config.conformal = {"error_rate": conformal_error_rate, "quantiles": quantiles}
+    config.threshold = choose_threshold(labels, probabilities, options.threshold_method, options.fixed_threshold)
+    quantiles = list(conformal_quantiles(labels, probabilities, options.conformal_error_rate))
+    config.conformal = {"error_rate": options.conformal_error_rate, "quantiles": quantiles}
     return before_and_after("validation", logits, labels, config)
 
 
 def score_test_split(
-    trainer: ClsGenSFTTrainer, config: ClsGenConfig, rows: Dataset, ids: list[str]
+    config: ClsGenConfig, logits: np.ndarray, labels: np.ndarray, ids: list[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Metrics of the test split, before and after calibration, and its predictions by id."""
-    logits, labels = trainer.decisions(trainer.predict(rows, metric_key_prefix="test"))
     probabilities = calibrated_probabilities(logits, **config.calibration)
     predictions = prediction_records(ids, labels, logits, probabilities, config.threshold)
     metrics = before_and_after("test", logits, labels, config)
     if config.conformal:
         metrics["test_conformal"] = conformal_coverage(labels, probabilities, config.conformal["quantiles"])
     return metrics, predictions
+
+
+def measure(
+    config: ClsGenConfig,
+    task: Task,
+    decide: Callable[[str, Dataset], tuple[np.ndarray, np.ndarray]],
+    options: CalibrationArguments,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Calibrates a finished model on a task's validation split and scores its test split, where there are such.
+
+    Args:
+        config ([`ClsGenConfig`]): The model's.
+        task ([`Task`]): Rows without a label are left out.
+        decide (`Callable`): What makes logits and labels, as [`calibrate`] takes them, of a split's name and rows.
+        options ([`CalibrationArguments`]): How to calibrate.
+
+    Returns:
+        What a run's report says of it, and the test split's [`prediction_records`].
+    """
+    report, predictions = {}, []
+    labelled = {name: task.splits[name].filter(_has_label) for name in ("validation", "test") if name in task.splits}
+    if "validation" in labelled:
+        report |= calibrate(config, *decide("validation", labelled["validation"]), options)
+    if "test" in labelled:
+        rows = labelled["test"]
+        logger.info("test: %d of %d rows have a label and are scored", len(rows), len(task.splits["test"]))
+        if len(rows):
+            metrics, predictions = score_test_split(config, *decide("test", rows), rows["id"])
+            report |= metrics
+    stored = ("calibration", "base_rate", "conformal", "threshold", "pos_weight", "lm_reading_weight")
+    return {**report, **{name: getattr(config, name) for name in stored}}, predictions
+
+
+def _has_label(row: dict[str, Any]) -> bool:
+    return row["label"] is not None
 
 
 def table(report: dict[str, Any]) -> str:

@@ -17,12 +17,15 @@ from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 
 
-def check_launch(warm_start: bool, training: ClsGenSFTConfig, model_arguments: ModelConfig) -> None:
+def check_launch(
+    warm_start: bool, training: ClsGenSFTConfig, model_arguments: ModelConfig, lm_reading_weight: float = 0.0
+) -> None:
     """Refuses what this machine or several processes would do wrong without a word.
 
     Args:
         warm_start (`bool`): Whether the head starts from a linear probe.
         training ([`ClsGenSFTConfig`]), model_arguments (`ModelConfig`): Of the run.
+        lm_reading_weight (`float`, *optional*, defaults to 0.0): See [`ClsGenConfig`].
 
     Raises:
         ValueError: which says what to change.
@@ -45,6 +48,11 @@ def check_launch(warm_start: bool, training: ClsGenSFTConfig, model_arguments: M
         raise ValueError(
             "DeepSpeed's ZeRO-3 wants one dtype of all trained weights, and the head is float32: add `--bf16 false "
             "--dtype float32`, or launch with recipes/accelerate/fsdp2.yaml, which trains in bfloat16."
+        )
+    if lm_reading_weight and (fsdp or is_deepspeed_zero3_enabled()):
+        raise ValueError(
+            "The LM's reading needs whole weights in each process. Train without `--lm_reading_weight`; "
+            "`calibrate_clsgen.py --lm_reading_weight` gives it to the finished checkpoint."
         )
     if fsdp and training.num_train_epochs == 0 and training.max_steps <= 0:
         raise ValueError("A probe alone trains no weights that could be sharded: launch it with ddp.yaml.")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -24,7 +25,6 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
 from clsgen.backbones import DEQUANTIZED_SOURCE, dequantized_folder, resolve_backbone
-from clsgen.calibration import THRESHOLD_METHODS
 from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.frozen_layers import FrozenLayers
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
@@ -33,7 +33,7 @@ from clsgen.publishing.footprint import available_cores, estimate_footprint
 from clsgen.publishing.hub import identity
 from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
 from clsgen.run_record import describe_run, peak_memory_mib, without_tokens
-from clsgen.scoring import calibrate, score_test_split, table
+from clsgen.scoring import CalibrationArguments, check_validation_split, classified, measure, table
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.sharding import check_launch, gather_model
 from clsgen.tasks import Task, class_counts, load_task
@@ -52,7 +52,7 @@ DEFAULT_RECIPE = ROOT / "recipes" / "trial_claims.yaml"
 
 
 @dataclass
-class TaskArguments:
+class TaskArguments(CalibrationArguments):
     """What to learn from what, and what to do after training."""
 
     task: str = field(default="trial_claims", metadata={"help": "A task's folder, or its name below data/."})
@@ -70,15 +70,6 @@ class TaskArguments:
     cls_bias: bool = field(
         default=True, metadata={"help": "Whether head and calibration have a constant term. Without it, and with "
                                         "`--cls_reads -1:decision`, export.py gives a stock classifier."}
-    )  # fmt: skip
-    threshold_method: str = field(
-        default="f1", metadata={"help": "How to choose the threshold on the validation split.",
-                                "choices": list(THRESHOLD_METHODS)}
-    )  # fmt: skip
-    fixed_threshold: float = field(default=0.5, metadata={"help": "The threshold of `--threshold_method fixed`."})
-    conformal_error_rate: float = field(
-        default=0.1, metadata={"help": "Of the prediction sets that are fitted on the validation split: how often a "
-                                       "row of either label may lose its own."}
     )  # fmt: skip
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without a better `metric_for_best_model` before training stops."}
@@ -104,21 +95,6 @@ class TaskArguments:
         default=False, metadata={"help": "For --push_to_hub of a task that is marked `credentialed: true`: you have "
                                          "the right to publish weights made from its data."}
     )  # fmt: skip
-
-    def __post_init__(self):
-        if self.threshold_method not in THRESHOLD_METHODS:  # argparse checks flags alone, not a recipe's values
-            raise ValueError(
-                f"`--threshold_method` must be one of {THRESHOLD_METHODS}, got {self.threshold_method!r}."
-            )
-        if not 0 <= self.fixed_threshold <= 1:
-            raise ValueError(
-                f"`--fixed_threshold` is a probability, between 0 and 1, got {self.fixed_threshold}: 0.5 for 50%."
-            )
-        if not 0 < self.conformal_error_rate < 1:
-            raise ValueError(
-                "`--conformal_error_rate` must lie between 0 and 1, both excluded, got "
-                f"{self.conformal_error_rate}: 0.1 for 10%."
-            )
 
 
 @dataclass
@@ -230,19 +206,6 @@ def show_examples(examples: list[dict[str, Any]]) -> None:
         print(f"  gold label: {example['gold'] or 'none'}; the LM alone: {prediction['lm_probability']}")
 
 
-def check_validation_split(task: Task) -> None:
-    """Refuses a validation split that calibration could not be fitted on; a task may have none."""
-    if "validation" not in task.splits:
-        return
-    counts = class_counts(task.splits["validation"])
-    if not counts["positive"] or not counts["negative"]:
-        raise ValueError(
-            f"The validation split of {task.name!r} needs labelled rows of both classes, for calibration and "
-            f"threshold, got {counts['positive']} positive and {counts['negative']} negative. Add some, or take the "
-            "split out of the task."
-        )
-
-
 def prepare_output_dir(training: ClsGenSFTConfig, task: Task) -> Path:
     """The run's folder, writable; `outputs/<task>` unless asked otherwise."""
     if training.output_dir in (None, "trainer_output"):
@@ -316,28 +279,20 @@ def finish(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, training = base.config, trainer.args
     report["history"] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if trainer.eval_dataset is not None:
-        report.update(
-            calibrate(
-                trainer, config, arguments.threshold_method, arguments.fixed_threshold, arguments.conformal_error_rate
-            )
+    config.lm_reading_weight = arguments.lm_reading_weight
+
+    def decide(name: str, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        if config.lm_reading_weight:
+            return classified(base, rows)
+        return trainer.decisions(
+            trainer.predict(encode_split(rows, base.encoder, training, name), metric_key_prefix=name)
         )
-    predictions = []
-    if "test" in task.splits:
-        labelled = task.splits["test"].filter(lambda row: row["label"] is not None)
-        logger.info("test: %d of %d rows have a label and are scored", len(labelled), len(task.splits["test"]))
-        if len(labelled):
-            rows = encode_split(labelled, base.encoder, training, "test")
-            metrics, predictions = score_test_split(trainer, config, rows, labelled["id"])
-            report.update(metrics)
+
+    metrics, predictions = measure(config, task, decide, arguments)
     report.update(
+        metrics,
         cls_reads=config.cls_reads,
         probe=None if probe is None else {"C": probe.inverse_penalty, "cv_auroc": probe.auroc},
-        calibration=config.calibration,
-        base_rate=config.base_rate,
-        conformal=config.conformal,
-        threshold=config.threshold,
-        pos_weight=config.pos_weight,
         wall_seconds=round(time.time() - report.pop("started"), 1),
         peak_memory_gib=round(peak_memory_mib() / 2**10, 2),
     )
@@ -409,7 +364,7 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     for noisy in ("httpx", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(training.seed)
-    check_launch(arguments.warm_start, training, model_arguments)
+    check_launch(arguments.warm_start, training, model_arguments, arguments.lm_reading_weight)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
     check_validation_split(task)
     output_dir = prepare_output_dir(training, task)

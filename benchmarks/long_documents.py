@@ -30,7 +30,6 @@ from clsgen.atomic_io import write_json
 from clsgen.backbones import resolve_backbone
 from clsgen.explaining_clsgen import Prefill
 from clsgen.losses_clsgen import IGNORE_INDEX
-from clsgen.prompting_clsgen import EncodedPrompt
 from clsgen.run_record import peak_memory_mib
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long_documents.json"
@@ -85,7 +84,7 @@ def infer_one(side: str, ids: list[int], backbone: str) -> dict[str, float]:
         def run(prompt: list[int]) -> Any:
             if side == "classify":
                 return model.run_to_head(torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long))
-            return Prefill(model, [EncodedPrompt(prompt, truncated=False)])
+            return Prefill(model, [prompt])
 
     run(ids[:WARM_UP])
     start = time.perf_counter()

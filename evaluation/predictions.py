@@ -129,7 +129,7 @@ def predict(
         path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     options = {"mode": mode, "max_new_tokens": max_new_tokens}
-    if mode == "guided":
+    if mode != "none":
         options["guidance_scale"] = getattr(model.config, "explanation_guidance_scale", 1.0)
     journal = Journal(path, {**_identity(model), "rows": _digest(rows), **options})
     for row_id, text in zip(rows.ids[journal.count :], rows.texts[journal.count :], strict=True):

@@ -249,7 +249,12 @@ def _words(config: ClsGenConfig, report: dict[str, Any], examples: list[dict[str
 
 
 def _calibration(config: ClsGenConfig, report: dict[str, Any], table: dict[str, list[str]]) -> str:
-    formula = "`probability = sigmoid((logit - log(pos_weight)) / temperature + bias)`, positive from the threshold on"
+    formula = "`probability = sigmoid(logit / temperature + bias)`, positive from the threshold on"
+    formula += ", where the logit is the head's less `log(pos_weight)`"
+    if weight := config.lm_reading_weight:
+        formula += (
+            f", times {1 - weight:g}, plus {weight:g} times the language model's own log-odds of the two verdicts"
+        )
     if not report.get("validation"):
         return (
             "**None: the task has no validation split**, so probabilities are the head's own. The threshold is "
@@ -258,7 +263,11 @@ def _calibration(config: ClsGenConfig, report: dict[str, Any], table: dict[str, 
     rows = [f"| {name} | {table[name][0]} |" for name in ("temperature", "bias", "threshold") if name in table]
     table_text = "\n".join(["| | fitted on validation |", "|---|---|", *rows])
     method = f" ({report['threshold_method']})" if report.get("threshold_method") else ""
-    return f"{formula}{method}.\n\n{table_text}"
+    parts = [f"{formula}{method}.", table_text]
+    if recalibration := report.get("recalibration"):
+        command = recalibration["command"].replace("`", "'")
+        parts.append(f"Fitted after training: `{command}`.")
+    return "\n\n".join(parts)
 
 
 def _example(example: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def test_numbers_and_files(checkpoint, model, task, tmp_path):
         assert of_mode["probability"].tolist() == pytest.approx([p.probability for p in expected], abs=1e-4)
         assert of_mode["predicted"].tolist() == [p.label_id for p in expected]
         assert of_mode["explanation"].tolist() == [p.explanation for p in expected]
-    assert found[found["mode"] == "free"]["lm_probability"].isna().all()
+        assert of_mode["lm_probability"].tolist() == pytest.approx([p.lm_probability for p in expected], abs=1e-4)
     written = json.loads((output / "metrics.json").read_text())
     assert written["classification"]["auroc"]["value"] == pytest.approx(
         roc_auc_score(of_mode["gold"], of_mode["probability"])

@@ -99,10 +99,12 @@ def test_the_language_model_writes_the_same_tokens(backbone, texts, tmp_path):
         assert torch.equal(lm(ids).logits, model(ids).logits)
 
 
-def test_serving_recipe_computes_the_same_probability_from_hidden_states(backbone, texts, tmp_path):
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_serving_recipe_computes_the_same_probability_from_hidden_states(backbone, texts, tmp_path, weight):
     """The first Python blocks of docs/serving.md, run as they stand, against another head than the stock one."""
     model = build(backbone, pos_weight=3.0)
     model.config.calibration = {"temperature": 0.7, "bias": -0.2}
+    model.config.lm_reading_weight = weight
     export(model, tmp_path / "out")
     assert not (tmp_path / "out" / "sequence_classification").exists()
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), flags=re.DOTALL)
@@ -118,7 +120,20 @@ def test_serving_recipe_computes_the_same_probability_from_hidden_states(backbon
         with torch.no_grad():
             hidden = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states
         states = {layer: hidden[layer][0].numpy() for layer, _ in recipe["facts"]["cls_reads"]}
-        assert recipe["probability"](states) == pytest.approx(prediction.probability, abs=1e-5)
+        scores = []
+        for line in recipe["facts"]["verdict_ids"]:
+            with torch.no_grad():
+                following = lm(torch.tensor([ids + line])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            scores.append(following[range(len(line)), line].sum().item())
+        reading = (scores[1] - scores[0],) if weight else ()
+        assert recipe["probability"](states, *reading) == pytest.approx(prediction.probability, abs=1e-5)
+
+
+def test_a_number_with_the_lms_reading_in_it_has_no_stock_classifier(backbones, tmp_path):
+    model = stock_model(backbones["llama"])
+    assert stock_form_problem(model) is None
+    model.config.lm_reading_weight = 0.5
+    assert "lm_reading_weight" in stock_form_problem(model)
 
 
 def test_the_head_is_written_as_it_is(model, tmp_path):

@@ -29,8 +29,15 @@ def test_guidance_extrapolates_from_the_other_verdict_to_this_one(any_model, tex
     assert [p.lm_probability for p in guided] == pytest.approx([p.lm_probability for p in plain], abs=1e-5)
     for label in (0, 1):
         assert any_model.explain(texts[1], label, max_new_tokens=8).explanation == expected(texts[1], label)
-    *_, streamed = any_model.stream(texts[0], max_new_tokens=8)
-    assert streamed.explanation == guided[0].explanation
+    free = any_model.classify_and_explain(texts, mode="free", max_new_tokens=8)
+    for text, prediction in zip(texts, free, strict=True):
+        own = int(prediction.lm_probability >= 0.5)
+        assert prediction.explanation == expected(text, own)
+        assert prediction.explained_label == any_model.config.label_names[own]
+    for mode, predictions in (("guided", guided), ("free", free)):
+        first, *_, last = any_model.stream(texts[0], mode=mode, max_new_tokens=8)
+        assert last.explanation == predictions[0].explanation
+        assert first.explained_label == last.explained_label == predictions[0].explained_label
 
 
 def test_guidance_goes_on_when_rows_have_ended(model, texts):
@@ -46,9 +53,7 @@ def test_guidance_goes_on_when_rows_have_ended(model, texts):
     assert len({len(p.explanation) for p in apart}) > 1
 
 
-def test_guidance_leaves_free_explanations_and_beams_alone(model, texts):
-    free = model.classify_and_explain(texts, mode="free", max_new_tokens=6)
+def test_guidance_leaves_beams_alone(model, texts):
     beams = model.classify_and_explain(texts, num_beams=2, max_new_tokens=6)
     model.config.explanation_guidance_scale = 2.0
-    assert model.classify_and_explain(texts, mode="free", max_new_tokens=6) == free
     assert model.classify_and_explain(texts, num_beams=2, max_new_tokens=6) == beams

@@ -64,7 +64,8 @@ def test_free_explanations_are_plain_generation(any_model, texts):
     generated = any_model.generate(torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :]
     expected = any_model.tokenizer.decode(generated, skip_special_tokens=True)
     assert prediction.explanation == any_model.encoder.prompt.split_verdict_line(expected)[1]
-    assert prediction.lm_probability is None
+    guided = any_model.classify_and_explain(texts[1], max_new_tokens=1)
+    assert prediction.lm_probability == pytest.approx(guided.lm_probability, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_a_shared_prefix_changes_no_number(any_model, texts, whole):
     assert all(prompt[: len(prefix.input_ids)] == prefix.input_ids for prompt in prompts)
     windowed = any_model.config.text_config.model_type == "gemma3_text"
     assert len({tuple(prompt[: len(prefix.input_ids) + 1]) for prompt in prompts}) == (1 if windowed else 4)
-    logits = any_model._logits(prompts, prefix)
+    logits, _ = any_model._read(prompts, prefix)
     expected = [any_model(torch.tensor([prompt])).cls_logits[0, -1].item() for prompt in prompts]
     assert logits.tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -182,7 +183,7 @@ def test_equal_prompts_share_all_but_their_last_token(model):
     prompts = [model.encoder.encode("The same text.").input_ids] * 9
     prefix = SharedPrefix.of(model, prompts, whole=False)
     assert prefix.input_ids == prompts[0][:-1]
-    assert model._logits(prompts, prefix).tolist() == pytest.approx([model.classify("The same text.").logit] * 9)
+    assert model._read(prompts, prefix)[0].tolist() == pytest.approx([model.classify("The same text.").logit] * 9)
     assert SharedPrefix.of(model, prompts[:1], whole=False).input_ids == []
 
 
@@ -279,10 +280,10 @@ def test_iterators_read_no_more_than_a_window_ahead(model, texts, monkeypatch):
 
 
 def test_rows_that_end_leave_the_batch_and_all_say_the_same(model, texts):
-    prompts = [model.encoder.encode(text) for text in texts * 2]
+    prompts = [model.encoder.encode(text).input_ids for text in texts * 2]
     most = 24
     options = {"max_new_tokens": most, "no_repeat_ngram_size": 2}  # or a random model says one thing for ever
-    ids = [torch.tensor([prompt.input_ids]) for prompt in prompts]
+    ids = [torch.tensor([prompt]) for prompt in prompts]
 
     def generate_apart(stops):
         model.generation_config.eos_token_id = stops
@@ -327,7 +328,7 @@ def test_options_may_come_in_a_generation_config_or_be_stored(model, texts):
 
     def explanations(**kwargs):
         with torch.inference_mode():
-            prompts = [model.encoder.encode(text) for text in texts]
+            prompts = [model.encoder.encode(text).input_ids for text in texts]
             return Prefill(model, prompts).explain(kwargs)
 
     short, beams = explanations(max_new_tokens=5), explanations(max_new_tokens=5, num_beams=2)

@@ -144,9 +144,10 @@ def test_pos_weight_and_loss_weights(model):
     expected = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(3.0))
     torch.testing.assert_close(output.cls_loss, expected)
     torch.testing.assert_close(output.loss, 0.5 * lm_loss + 2 * expected)
-    corrected, probability = DecisionRule.from_config(model.config).calibrated(torch.tensor([1.0]))
+    rule = DecisionRule.from_config(model.config)
+    corrected = rule.logits(torch.tensor([1.0]))
     assert corrected.item() == pytest.approx(1 - torch.tensor(3.0).log().item())
-    assert probability.item() == pytest.approx(torch.sigmoid(corrected).item())
+    assert rule.probabilities(corrected).item() == pytest.approx(torch.sigmoid(corrected).item())
 
 
 def test_a_batch_without_labels_gives_zero_losses_that_still_reach_every_weight(model):
