@@ -141,13 +141,13 @@ class Prefill:
 
     def read_verdicts(self) -> torch.FloatTensor:
         """The LM's own reading: log P(verdict line of label 1) - log P(that of label 0), shape `(batch_size,)`."""
-        scores = []
+        length, losses = self.length, []
         for line in self._verdict_lines:
-            length = self.length
-            logits = self._append([line] * len(self.cls_logits), logits_to_keep=len(line)).cpu()
+            logits = self._append([line] * len(self.cls_logits), logits_to_keep=len(line))
             self._rewind(length)
-            scores.append(logits.float().log_softmax(dim=-1)[:, range(len(line)), line].sum(dim=1))
-        return scores[1] - scores[0]
+            targets = torch.tensor(line, device=logits.device).expand(len(logits), -1)
+            losses.append(F.cross_entropy(logits.float().mT, targets, reduction="none").sum(dim=1).cpu())
+        return losses[0] - losses[1]
 
     def write_verdicts(self, labels: list[int]) -> None:
         """Lets each explanation begin with the verdict line of a label: 0 or 1, one a row."""
