@@ -171,21 +171,20 @@ def measure(
         What a run's report says of it, and the test split's [`prediction_records`].
     """
     report, predictions = {}, []
-    labelled = {name: task.splits[name].filter(_has_label) for name in ("validation", "test") if name in task.splits}
+    labelled = {}
+    for name in ("validation", "test"):
+        if name in task.splits:
+            rows = task.splits[name].filter(lambda row: row["label"] is not None)
+            logger.info("%s: %d of %d rows have a label and are scored", name, len(rows), len(task.splits[name]))
+            labelled[name] = rows
     if "validation" in labelled:
         report |= calibrate(config, *decide("validation", labelled["validation"]), options)
-    if "test" in labelled:
+    if labelled.get("test"):
         rows = labelled["test"]
-        logger.info("test: %d of %d rows have a label and are scored", len(rows), len(task.splits["test"]))
-        if len(rows):
-            metrics, predictions = score_test_split(config, *decide("test", rows), rows["id"])
-            report |= metrics
+        metrics, predictions = score_test_split(config, *decide("test", rows), rows["id"])
+        report |= metrics
     stored = ("calibration", "base_rate", "conformal", "threshold", "pos_weight", "lm_reading_weight")
     return {**report, **{name: getattr(config, name) for name in stored}}, predictions
-
-
-def _has_label(row: dict[str, Any]) -> bool:
-    return row["label"] is not None
 
 
 def table(report: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ ABLATIONS = {
     "no-bce": ["--cls_weight", "0"],
     "lm-weight-0.5": ["--lm_weight", "0.5"],
     "lm-weight-2": ["--lm_weight", "2"],
+    "head-alone": ["--lm_reading_weight", "0"],
     "no-verdict-loss": ["--verdict_weight", "0", "--verdict_texts", "0"],
     "no-verdict-texts": ["--verdict_texts", "0"],
     "no-verdict-line": ["--explanation_mode", "free", "--verdict_weight", "0", "--verdict_texts", "0"],
