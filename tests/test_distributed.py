@@ -157,6 +157,8 @@ def test_launches_that_would_go_wrong_are_refused(tmp_path, monkeypatch):
         check_launch(True, training, ModelConfig(load_in_4bit=True))
     with pytest.raises(ValueError, match="A probe alone"):
         check_launch(True, arguments(tmp_path, num_train_epochs=0, max_steps=-1), ModelConfig())
+    with pytest.raises(ValueError, match="reading needs whole weights in each process"):
+        check_launch(True, training, ModelConfig(), lm_reading_weight=0.5)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="there is no GPU"):
         check_launch(True, training, ModelConfig())
