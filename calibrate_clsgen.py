@@ -56,10 +56,12 @@ def recalibrate(arguments: RecalibrationArguments, argv: list[str] | None = None
     Raises:
         ValueError, OSError: for a checkpoint, a task or rows that can't be used; nothing is written then.
     """
-    kept = {name: _read(arguments, name) for name in ("metrics.json", "recipe.yaml")}
-    if kept["metrics.json"] is None:
-        raise ValueError(f"{arguments.model} has no metrics.json: it is no checkpoint that `train_sft_cls.py` wrote.")
-    former = json.loads(kept["metrics.json"])
+    try:
+        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"`--output` {arguments.output} is not writable ({error}): choose another.") from error
+    former = json.loads(_read(arguments, "metrics.json"))
+    recipe = _read(arguments, "recipe.yaml", needed=False)
     task = load_task(arguments.task or former["task"], arguments.data_dir)
     model = ClsGenForCausalLMAndClassification.from_pretrained(
         arguments.model, revision=arguments.revision, device_map="auto"
@@ -71,16 +73,18 @@ def recalibrate(arguments: RecalibrationArguments, argv: list[str] | None = None
     report = {name: value for name, value in former.items() if name not in SCORED}
     report |= {**metrics, "threshold_method": arguments.threshold_method}
     report["recalibration"] = describe_run("calibrate_clsgen.py", argv or [])
-    write_checkpoint(model, arguments.output, report, predictions, kept["recipe.yaml"])
+    write_checkpoint(model, arguments.output, report, predictions, recipe)
     if arguments.results_dir:
         write_json(Path(arguments.results_dir) / "metrics.json", report)
         write_json(Path(arguments.results_dir) / "test_predictions.json", predictions)
     return report
 
 
-def _read(arguments: RecalibrationArguments, name: str) -> str | None:
-    """The text of one of the checkpoint's files, if it has such."""
-    path = cached_file(arguments.model, name, revision=arguments.revision, _raise_exceptions_for_missing_entries=False)
+def _read(arguments: RecalibrationArguments, name: str, needed: bool = True) -> str | None:
+    """The text of one of the checkpoint's files; `None` where it has no such, unless it is `needed`."""
+    path = cached_file(
+        arguments.model, name, revision=arguments.revision, _raise_exceptions_for_missing_entries=needed
+    )
     return None if path is None else Path(path).read_text(encoding="utf-8")
 
 

@@ -124,7 +124,10 @@ def test_rows_that_cannot_be_used_are_refused_and_nothing_is_written(trained, tm
 
 def test_what_is_no_checkpoint_is_named(trained, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="has no metrics"):
+    with pytest.raises(SystemExit, match="does not appear to have a file named metrics"):
         main(["--model", str(tmp_path / "empty"), "--output", str(tmp_path / "new")])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="is not writable"):
+        main(["--model", str(trained[0]), "--output", str(tmp_path / "file" / "new")])
     with pytest.raises(SystemExit, match="must lie between 0 and 1"):
         main(["--model", str(trained[0]), "--output", str(tmp_path / "new"), "--lm_reading_weight", "1.5"])
