@@ -215,7 +215,7 @@ def relevance(fields: dict[str, str], attributions: Iterable[Any], labels: Seque
     return (
         f'<section class="card"><h2>What each sentence does</h2><p class="legend">{legend}</p>{"".join(blocks)}'
         '<p class="hint">Each sentence is left out in turn and the number is read again; the figures are by how much '
-        "the head's log-odds fall without it.</p></section>"
+        "the log-odds fall without it.</p></section>"
     )
 
 
