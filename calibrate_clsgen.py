@@ -95,6 +95,11 @@ def _check(task: Task, former: dict[str, Any], model: ClsGenForCausalLMAndClassi
             f"these are rows of {task.name!r}, with {task.fields}. For rows of your own, copy the task's folder and "
             "replace its validation split (and test split)."
         )
+    if list(task.labels) != model.config.label_names:
+        raise ValueError(
+            f"The checkpoint's labels 0 and 1 are {model.config.label_names}, those of {task.name!r} {task.labels}: "
+            "name them alike in its task.yaml, if they mean the same in the same order."
+        )
     if "validation" not in task.splits:
         raise ValueError(f"The task {task.name!r} has no validation split: there is nothing to calibrate on.")
     check_validation_split(task)

@@ -104,6 +104,7 @@ def test_rows_of_another_place_in_a_copy_of_the_task(trained, tmp_path):
     ("spoil", "message"),
     [
         (lambda spec: spec.update(name="other"), "answers the task 'tiny'"),
+        (lambda spec: spec["labels"].reverse(), "labels 0 and 1 are"),
         (lambda spec: spec["data_files"].pop("validation"), "no validation split"),
         (lambda spec: spec["data_files"].update(validation="one_class.jsonl"), "rows of both classes"),
     ],
