@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -14,21 +14,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from clsgen.batching_clsgen import pad_left
 from clsgen.early_exit_clsgen import decoder_up_to, layer_stack
 from clsgen.head_clsgen import positions_from_mask
-from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 
 States = dict[int, torch.Tensor]
 
 
 @torch.inference_mode()
-def run_layers(model: ClsGenForCausalLMAndClassification, rows: list[list[int]], layers: list[int]) -> list[States]:
+def run_layers(model: PreTrainedModel, rows: list[list[int]], layers: list[int]) -> list[States]:
     """Hidden states of rows of ids, by the layers that it takes and no more.
 
     Args:
-        model (`ClsGenForCausalLMAndClassification`): Not wrapped by PEFT.
+        model (`PreTrainedModel`): Not wrapped by PEFT.
         rows (`list[list[int]]`): A batch.
         layers (`list[int]`): Indices into `hidden_states`, 0 or above.
 
@@ -51,7 +51,7 @@ def run_layers(model: ClsGenForCausalLMAndClassification, rows: list[list[int]],
     return [{layer: hidden_states[layer][i, length - len(row) :] for layer in layers} for i, row in enumerate(rows)]
 
 
-def first_trained_layer(model: ClsGenForCausalLMAndClassification) -> int:
+def first_trained_layer(model: PreTrainedModel) -> int:
     """Index of the lowest layer that has a parameter to train; 0 where the embeddings have one."""
 
     def trains(module: nn.Module) -> bool:
@@ -70,15 +70,17 @@ class FrozenLayers:
     find it, and nothing stale is ever found. Files are written whole or not at all.
 
     Args:
-        model (`ClsGenForCausalLMAndClassification`): Whose embeddings and layers below `depth` stay as they are.
+        model (`PreTrainedModel`): Whose embeddings and layers below `depth` stay as they are.
         depth (`int`): Index of the first layer that trains, see [`first_trained_layer`].
         folder (`str` or `Path`): Where the files go: `4 * hidden_size` bytes a token for each layer kept (float32).
+        reads (`Iterable[int]`, *optional*): Indices into `hidden_states` that are asked for besides; those above
+            `depth` are not kept.
 
     Raises:
         ValueError: for a depth or a backbone that leaves nothing to keep.
     """
 
-    def __init__(self, model: ClsGenForCausalLMAndClassification, depth: int, folder: str | Path):
+    def __init__(self, model: PreTrainedModel, depth: int, folder: str | Path, reads: Iterable[int] = ()):
         self.model = model
         stack = layer_stack(model.get_decoder())
         if stack is None or not 0 < depth < len(stack):
@@ -87,11 +89,11 @@ class FrozenLayers:
                 "Train without `cache_frozen_layers`, or with LoRA on the upper layers (`lora_first_layer`)."
             )
         self.frozen: list[nn.Module] = list(stack[:depth])
-        self.layers = sorted({depth, *(layer for layer in model.read_layers() if layer < depth)})
+        self.layers = sorted({depth, *(layer for layer in reads if layer < depth)})
         self.folder = Path(folder) / self._key_of_weights()[:16]
 
     def _key_of_weights(self) -> str:
-        config = {**self.model.config.text_config.to_dict(), "use_cache": None}  # the trainer's to set
+        config = {**self.model.config.get_text_config().to_dict(), "use_cache": None}  # the trainer's to set
         digest = hashlib.sha256(json.dumps([config, self.layers], sort_keys=True, default=str).encode())
         for module in (self.model.get_input_embeddings(), *self.frozen):
             for _, parameter in sorted(module.named_parameters()):

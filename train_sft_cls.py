@@ -185,7 +185,9 @@ def start_warm(
     """Fits the probe on the training device; every process ends with the main one's head."""
     if not getattr(model, "is_quantized", False):  # bitsandbytes has placed its weights already
         model.to(training.device)
-    kept = FrozenLayers(model, first_layer, frozen_layers_dir(training)) if training.cache_frozen_layers else None
+    kept = None
+    if training.cache_frozen_layers:
+        kept = FrozenLayers(model, first_layer, frozen_layers_dir(training), model.read_layers())
     probe = warm_start(model, rows, parse_reads(arguments.cls_reads), seed=training.seed, frozen_layers=kept)
     if training.world_size > 1:
         found = [probe, {name: tensor.cpu() for name, tensor in model.cls_head.state_dict().items()}]

@@ -182,7 +182,8 @@ class ClsGenSFTTrainer(SFTTrainer):
         config.pos_weight = resolve_pos_weight(args.pos_weight, self.train_dataset, config.cls_bias)
         self._frozen_layers = None
         if args.cache_frozen_layers:
-            self._frozen_layers = FrozenLayers(clsgen, first_trained_layer(clsgen), frozen_layers_dir(args))
+            depth, folder = first_trained_layer(clsgen), frozen_layers_dir(args)
+            self._frozen_layers = FrozenLayers(clsgen, depth, folder, clsgen.read_layers())
         self.loss_is_scaled_for_ga = True
         if self.compute_metrics is None:
             self.compute_metrics = self._classification_metrics

@@ -1,6 +1,7 @@
 """What a causal LM thinks of given tokens: log-likelihoods of continuations, in batches of left-padded rows."""
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,29 +42,20 @@ def continuation_log_likelihoods(
     found = [0.0] * len(prompts)
     rows = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
     lengths = [len(continuation) for continuation in continuations]
-    for indices, ids, logits in _last_logits(model, rows, lengths, max_batch_tokens, description):
-        targets = ids[:, 1 - logits.shape[1] :]
-        scores = logits[:, :-1].log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]  # (batch_size, longest)
-        for row, i in enumerate(indices):
-            found[i] = float(scores[row, -len(continuations[i]) :].double().sum())
-    return found
-
-
-def _last_logits(
-    model: Any, rows: list[list[int]], before_last: list[int], max_batch_tokens: int, description: str | None
-) -> Iterator[tuple[list[int], torch.LongTensor, torch.FloatTensor]]:
-    """Batch by batch: indices of rows, their ids, and the float32 logits of their last positions: the very last, and
-    as many before it as `before_last` of some row of the batch asks for."""
     model.eval()
     with tqdm(total=len(rows), desc=description, disable=description is None) as bar:
         for indices in token_batches([len(row) for row in rows], max_batch_tokens, None):
             batch = pad_left([rows[i] for i in indices], 0, model.device)
             # Stock models number the positions of left-padded rows wrongly unless told.
             positions = positions_from_mask(batch["attention_mask"], batch["input_ids"].shape[1])
-            kept = 1 + max(before_last[i] for i in indices)
-            outputs = model(**batch, position_ids=positions, logits_to_keep=kept)
-            yield indices, batch["input_ids"], outputs.logits.float()
+            kept = 1 + max(lengths[i] for i in indices)
+            logits = model(**batch, position_ids=positions, logits_to_keep=kept).logits.float()
+            targets = batch["input_ids"][:, 1 - kept :]
+            scores = logits[:, :-1].log_softmax(dim=-1).gather(2, targets[..., None])[..., 0]  # (batch_size, longest)
+            for row, i in enumerate(indices):
+                found[i] = float(scores[row, -len(continuations[i]) :].double().sum())
             bar.update(len(indices))
+    return found
 
 
 @torch.inference_mode()
@@ -72,22 +64,49 @@ def answer_log_odds(
 ) -> list[float]:
     """Log-odds of the answer for label 1 against that for label 0, as continuations of each prompt.
 
-    Answers that differ in their last token alone take one pass over the prompts, others two.
+    Prompts are gone through once; each answer then continues what the model keeps of them.
 
     Args:
         model, prompts, description: See [`continuation_log_likelihoods`].
         answers (`tuple[list[int], list[int]]`): Ids of the answers for label 0 and label 1.
+
+    Raises:
+        ValueError: An empty prompt or answer.
     """
-    against, in_favour = answers
-    if against[:-1] != in_favour[:-1]:
-        zeros, ones = (
-            continuation_log_likelihoods(model, prompts, [answer] * len(prompts), description=description)
-            for answer in answers
-        )
-        return [one - zero for zero, one in zip(zeros, ones, strict=True)]
+    if not all(prompts) or not all(answers):
+        raise ValueError("Each prompt and each answer needs a token at least.")
+    model.eval()
     found = [0.0] * len(prompts)
-    rows = [[*prompt, *against[:-1]] for prompt in prompts]
-    for indices, _, logits in _last_logits(model, rows, [0] * len(rows), MAX_BATCH_TOKENS, description):
-        for i, scores in zip(indices, logits[:, -1].double(), strict=True):
-            found[i] = float(scores[in_favour[-1]] - scores[against[-1]])
+    with tqdm(total=len(prompts), desc=description, disable=description is None) as bar:
+        for indices in token_batches([len(prompt) for prompt in prompts], MAX_BATCH_TOKENS, None):
+            zeros, ones = _answer_log_likelihoods(model, [prompts[i] for i in indices], answers)
+            for i, log_odds in zip(indices, (ones - zeros).tolist(), strict=True):
+                found[i] = log_odds
+            bar.update(len(indices))
+    return found
+
+
+def _answer_log_likelihoods(
+    model: Any, prompts: list[list[int]], answers: tuple[list[int], list[int]]
+) -> list[torch.Tensor]:
+    """Of each answer, its log-likelihoods behind the prompts of a batch: float64, shape `(len(prompts),)`."""
+    batch = pad_left(prompts, 0, model.device)
+    mask, length = batch["attention_mask"], batch["input_ids"].shape[1]
+    positions = positions_from_mask(mask, length)
+    prefill = model(**batch, position_ids=positions, logits_to_keep=1, use_cache=True)
+    found = []
+    for answer in answers:
+        ids, logits = torch.tensor([answer] * len(prompts), device=model.device), prefill.logits
+        said = ids[:, :-1]
+        if said.shape[1]:
+            steps = torch.arange(1, said.shape[1] + 1, device=model.device)
+            later = model(
+                input_ids=said,
+                attention_mask=torch.cat([mask, torch.ones_like(said)], dim=1),
+                position_ids=positions[:, -1:] + steps,
+                past_key_values=copy.deepcopy(prefill.past_key_values),  # sliding windows can't be cropped
+            ).logits
+            logits = torch.cat([logits, later], dim=1)
+        scores = logits.float().log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
+        found.append(scores.double().sum(dim=1))
     return found

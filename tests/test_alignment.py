@@ -223,7 +223,7 @@ def test_log_likelihoods_do_not_depend_on_the_batch(backbones, family):
     ]
     assert together == pytest.approx(by_loss, rel=1e-4)
     assert alone == pytest.approx(by_loss, rel=1e-4)
-    for answers in (([7, 8], [7, 9]), ([5], [6]), ([5], [6, 7])):  # in one pass, in one pass, in two
+    for answers in (([7, 8], [7, 9]), ([5], [6]), ([5], [6, 7]), ([5, 6, 7], [8, 9])):
         zero, one = (continuation_log_likelihoods(model, prompts, [answer] * 4) for answer in answers)
         assert answer_log_odds(model, prompts, answers) == pytest.approx(np.subtract(one, zero), abs=1e-4)
     with pytest.raises(ValueError, match="a token at least"):

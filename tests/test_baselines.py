@@ -132,6 +132,16 @@ def test_sft_learns_words_and_verdicts_alone_on_completions(task, backbones):
     assert not np.allclose(trained, baseline.logits(rows))
 
 
+def test_sft_trains_alike_whether_frozen_layers_are_kept_or_not(task, backbones, monkeypatch):
+    options = {"lora_first_layer": 1, "sampling": "group_by_length", "learning_rate": 2e-2}
+    kept = SftOnly(task, 0, backbones["llama"], **options).fit()
+    monkeypatch.setattr(fine_tuning, "first_trained_layer", lambda model: 0)
+    monkeypatch.setattr(fine_tuning, "FITTED", fine_tuning.FITTED / "again")
+    assert SftOnly(task, 0, backbones["llama"], **options).fit() == {
+        **kept, "train_loss": pytest.approx(kept["train_loss"], rel=1e-5)
+    }  # fmt: skip
+
+
 def test_two_models_are_the_classifier_and_the_explainer_trained_once(task, backbones):
     parts = {ClassificationOnly: {"epochs": 1, "lora_r": 2}, SftOnly: {"lora_first_layer": 0, "epochs": 1}}
     alone = [part(task, 0, backbones["llama"], **options) for part, options in parts.items()]

@@ -58,7 +58,8 @@ def test_a_row_goes_through_the_frozen_layers_once(backbones, task_rows, tmp_pat
     reads = [(2, "mean"), (2, "decision")]
     plain = warm_start(model, rows, reads)
     weight = model.cls_head.weight.clone()
-    kept = warm_start(model, rows, reads, frozen_layers=FrozenLayers(model, FIRST, tmp_path / "frozen_layers"))
+    frozen = FrozenLayers(model, FIRST, tmp_path / "frozen_layers", model.read_layers())
+    kept = warm_start(model, rows, reads, frozen_layers=frozen)
     assert kept.auroc == pytest.approx(plain.auroc)
     torch.testing.assert_close(model.cls_head.weight, weight, atol=1e-3, rtol=1e-3)
     files = set(tmp_path.rglob("*.safetensors"))

@@ -1,5 +1,6 @@
 """The backbone, fine-tuned as one would without CLSGen: on words alone, on labels alone, and two copies for both."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -34,6 +35,7 @@ from clsgen.atomic_io import write_json
 from clsgen.batching_clsgen import pad_left, token_batches
 from clsgen.evaluation.lm_scoring import answer_log_odds
 from clsgen.explaining_clsgen import NoRepeatBehindPrompt
+from clsgen.frozen_layers import FrozenLayers, first_trained_layer
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
 from clsgen.train_sft_cls import ModelArguments, lora_config
 from clsgen.training_rows import encode_rows
@@ -118,6 +120,19 @@ class _FineTuned(Baseline):
         }
 
 
+class _SftTrainer(SFTTrainer):
+    """TRL's trainer as it is, but for what its frozen layers make of a row, which is computed once."""
+
+    def __init__(self, model: PreTrainedModel, folder: str, **kwargs):
+        super().__init__(model, **kwargs)
+        depth = first_trained_layer(model)
+        self._frozen_layers = FrozenLayers(model, depth, folder) if depth else None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with self._frozen_layers.replay(inputs) if self._frozen_layers else contextlib.nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 class SftOnly(_FineTuned):
     """TRL's `SFTTrainer` on verdict line and explanation; the probability is that of the verdict's tokens.
 
@@ -129,6 +144,7 @@ class SftOnly(_FineTuned):
     guided = True
     options = {  # noqa: RUF012
         **COMMON, "epochs": 2, "learning_rate": 1e-3, "lora_first_layer": 18, "max_explanation_length": 128,
+        "sampling": "random",
     }  # fmt: skip
 
     def base_model(self) -> PreTrainedModel:
@@ -141,10 +157,15 @@ class SftOnly(_FineTuned):
         )
         with tempfile.TemporaryDirectory() as folder:
             arguments = SFTConfig(
-                **self.training(folder), max_length=None, save_strategy="no", activation_checkpointing=False
+                **self.training(folder),
+                max_length=None,
+                save_strategy="no",
+                activation_checkpointing=False,
+                train_sampling_strategy=self.settings["sampling"],
             )
-            trainer = SFTTrainer(
+            trainer = _SftTrainer(
                 model,
+                str(Path(folder) / "frozen_layers"),
                 args=arguments,
                 train_dataset=encoded.select_columns(["input_ids", "labels"]),
                 processing_class=self._encoder.tokenizer,
