@@ -35,7 +35,7 @@ check: $(INSTALLED) ## lint, and check the formatting
 	$(BIN)/ruff format --check .
 
 test: check ## check, then run the quick tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(SLOW_INSTALLED) ## run the tests that need minutes
 	$(BIN)/python -m pytest -m slow

@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,5 +49,6 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_run() -> dict[str, Any]:
     """Machine, command, commit and versions, for a result file."""
-    module = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
+    spec = sys.modules["__main__"].__spec__  # `None` where nobody said `-m`, as in a worker of pytest-xdist
+    module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
     return {"machine": describe_machine(), **run_record.describe_run("-m", [module, *sys.argv[1:]])}
