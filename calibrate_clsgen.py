@@ -36,9 +36,6 @@ class RecalibrationArguments(CalibrationArguments):
         default=None, metadata={"help": "The task's folder, or its name below data/; default: the checkpoint's own."}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Source that the task's prepare.py reads."})
-    lm_reading_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the LM's own reading in the number, 0 to 1; default: as it is."}
-    )
     results_dir: str | None = field(default=None, metadata={"help": "A further folder for metrics and predictions."})
 
 
@@ -67,8 +64,6 @@ def recalibrate(arguments: RecalibrationArguments, argv: list[str] | None = None
         arguments.model, revision=arguments.revision, device_map="auto"
     )
     _check(task, former, model)
-    if arguments.lm_reading_weight is not None:
-        model.config.lm_reading_weight = arguments.lm_reading_weight
     metrics, predictions = measure(model.config, task, lambda _, rows: classified(model, rows), arguments)
     report = {name: value for name, value in former.items() if name not in SCORED}
     report |= {**metrics, "threshold_method": arguments.threshold_method}

@@ -33,9 +33,10 @@ SCORED = ("validation", "validation_uncalibrated", "test", "test_uncalibrated", 
 class CalibrationArguments:
     """What the number is made of, and how a decision is made of it; all of it is fitted on the validation split."""
 
-    lm_reading_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the LM's own reading of the verdict in the number, 0 to 1; the rest "
-                                       "is the head's. Above 0, `classify` runs the whole model."}
+    lm_reading_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the LM's own reading of the verdict in the number, 0 to 1; the "
+                                        "rest is the head's. Above 0, `classify` runs the whole model. Default: as "
+                                        "the model has it, 0 in a new one."}
     )  # fmt: skip
     threshold_method: str = field(
         default="f1", metadata={"help": "How to choose the threshold on the validation split.",
@@ -170,6 +171,8 @@ def measure(
     Returns:
         What a run's report says of it, and the test split's [`prediction_records`].
     """
+    if options.lm_reading_weight is not None:
+        config.lm_reading_weight = options.lm_reading_weight
     report, predictions = {}, []
     labelled = {}
     for name in ("validation", "test"):

@@ -18,14 +18,17 @@ from clsgen.sft_config_clsgen import ClsGenSFTConfig
 
 
 def check_launch(
-    warm_start: bool, training: ClsGenSFTConfig, model_arguments: ModelConfig, lm_reading_weight: float = 0.0
+    warm_start: bool,
+    training: ClsGenSFTConfig,
+    model_arguments: ModelConfig,
+    lm_reading_weight: float | None = None,
 ) -> None:
     """Refuses what this machine or several processes would do wrong without a word.
 
     Args:
         warm_start (`bool`): Whether the head starts from a linear probe.
         training ([`ClsGenSFTConfig`]), model_arguments (`ModelConfig`): Of the run.
-        lm_reading_weight (`float`, *optional*, defaults to 0.0): See [`ClsGenConfig`].
+        lm_reading_weight (`float`, *optional*): See [`ClsGenConfig`]; 0 without.
 
     Raises:
         ValueError: which says what to change.

@@ -281,7 +281,6 @@ def finish(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, training = base.config, trainer.args
     report["history"] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    config.lm_reading_weight = arguments.lm_reading_weight
 
     def decide(name: str, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         if config.lm_reading_weight:
