@@ -214,6 +214,7 @@ def test_log_likelihoods_do_not_depend_on_the_batch(backbones, family):
     model = AutoModelForCausalLM.from_pretrained(backbones[family])
     generator = np.random.default_rng(0)
     prompts = [generator.integers(0, 255, n).tolist() for n in (3, 40, 11, 1)]
+    beginning = generator.integers(0, 255, 60).tolist()
     continuations = [generator.integers(0, 255, n).tolist() for n in (5, 1, 9, 2)]
     together = continuation_log_likelihoods(model, prompts, continuations)
     alone = continuation_log_likelihoods(model, prompts, continuations, max_batch_tokens=1)
@@ -223,9 +224,11 @@ def test_log_likelihoods_do_not_depend_on_the_batch(backbones, family):
     ]
     assert together == pytest.approx(by_loss, rel=1e-4)
     assert alone == pytest.approx(by_loss, rel=1e-4)
-    for answers in (([7, 8], [7, 9]), ([5], [6]), ([5], [6, 7]), ([5, 6, 7], [8, 9])):
-        zero, one = (continuation_log_likelihoods(model, prompts, [answer] * 4) for answer in answers)
-        assert answer_log_odds(model, prompts, answers) == pytest.approx(np.subtract(one, zero), abs=1e-4)
+    for asked in (prompts, [beginning + prompt for prompt in prompts]):
+        for answers in (([7, 8], [7, 9]), ([5], [6]), ([5], [6, 7]), ([5, 6, 7], [8, 9])):
+            zero, one = (continuation_log_likelihoods(model, asked, [answer] * 4) for answer in answers)
+            assert answer_log_odds(model, asked, answers) == pytest.approx(np.subtract(one, zero), abs=1e-4)
+    assert answer_log_odds(model, [], ([5], [6])) == []
     with pytest.raises(ValueError, match="a token at least"):
         continuation_log_likelihoods(model, [[]], [[1]])
 
