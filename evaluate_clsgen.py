@@ -204,10 +204,11 @@ def _predicted(
         split = "test" if "test" in other.splits else "train"
         other_rows, others[f"{other.name}/{split}"] = answers(other, split, "none")
         logger.info("%s: %d rows", other_rows.name, len(other_rows.ids))
+    weight = getattr(model.config, "lm_reading_weight", 0.0)  # checkpoints of format 1 bring code without it
     return Evaluated(
-        rows, modes, model.config.threshold, tuple(model.config.label_names), _relation(model, task, arguments.split),
-        validation, _relation(model, task, "validation"), others, examples=arguments.examples,
-        samples=arguments.bootstrap_samples, seed=arguments.seed,
+        rows, modes, model.config.threshold, tuple(model.config.label_names), weight,
+        _relation(model, task, arguments.split), validation, _relation(model, task, "validation"), others,
+        examples=arguments.examples, samples=arguments.bootstrap_samples, seed=arguments.seed,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.special import logit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
@@ -24,6 +25,8 @@ from clsgen.evaluation.judges import TOKEN, Judge
 
 COLUMNS = ("probability", "predicted", "explanation", "gold")
 FOLDS = 5
+READING_WEIGHTS = np.linspace(0, 1, 11)
+CERTAIN = (1e-12, 1 - 1e-12)  # what the log-odds of a probability are cut at
 _INPUTS = ("input_only", "explanation_only", "both")
 
 
@@ -124,19 +127,21 @@ def _against_gold(gold: pd.Series, answers: pd.Series) -> dict[str, Any]:
 
 
 def second_reading_report(
-    rows: pd.DataFrame, threshold: float, samples: int = SAMPLES, seed: int = 0
+    rows: pd.DataFrame, threshold: float, lm_reading_weight: float = 0.0, samples: int = SAMPLES, seed: int = 0
 ) -> dict[str, Any]:
     """What the LM's own reading of the verdict is worth, and whether its distance from the number points to errors.
 
     Args:
-        rows (`pandas.DataFrame`): `gold`, `predicted`, `probability` and `lm_probability`, of guided explanations.
-        threshold (`float`): The model's.
+        rows (`pandas.DataFrame`): `gold`, `predicted`, `probability`, `logit` and `lm_probability`.
+        threshold, lm_reading_weight (`float`): The model's.
         samples, seed (`int`): Of the bootstrap.
 
     Returns:
         `dict` of estimates (see [`intervals.metrics_with_intervals`]):
 
-        - `auroc`: of `lm_probability` for the gold label; `auroc_of_both`: of its mean with `probability`.
+        - `auroc`: of `lm_probability` for the gold label.
+        - `auroc_by_weight`: that of the number, were `lm_reading_weight` another; not an estimate, but a dict of them
+          without intervals.
         - `agreement`: share of rows where it lies on the decision's side of 0.5.
         - `errors_where_agreed`, `errors_where_not`: share of wrong decisions among these rows, and among the others.
         - `auroc_of_distance`: how well `|probability - lm_probability|` tells wrong decisions from right ones; and
@@ -144,12 +149,9 @@ def second_reading_report(
     """
     wrong = (rows["predicted"] != rows["gold"]).to_numpy()
     agreed = ((rows["lm_probability"] >= 0.5) == (rows["predicted"] == 1)).to_numpy()
-    readings = {"auroc": rows["lm_probability"], "auroc_of_both": (rows["lm_probability"] + rows["probability"]) / 2}
     found = {
-        **{
-            name: metrics_with_intervals(rows["gold"], reading, 0.5, samples, seed)["auroc"]
-            for name, reading in readings.items()
-        },
+        "auroc": metrics_with_intervals(rows["gold"], rows["lm_probability"], 0.5, samples, seed)["auroc"],
+        "auroc_by_weight": _auroc_by_weight(rows, lm_reading_weight),
         "agreement": share(int(agreed.sum()), len(rows), "rows"),
         "errors_where_agreed": share(int(wrong[agreed].sum()), int(agreed.sum()), "row where both agree"),
         "errors_where_not": share(int(wrong[~agreed].sum()), int((~agreed).sum()), "row where they differ"),
@@ -164,6 +166,18 @@ def second_reading_report(
         else:
             found[name] = metrics_with_intervals(wrong, sign, 0.5, samples, seed)["auroc"]
     return found
+
+
+def _auroc_by_weight(rows: pd.DataFrame, weight: float) -> dict[str, float]:
+    """AUROC of the number by weight of the reading; empty where it is undefined or nothing of the head is known."""
+    if weight == 1 or rows["gold"].nunique() < 2:
+        return {}
+    readings = logit(rows["lm_probability"].clip(*CERTAIN))
+    of_head = (rows["logit"] - weight * readings) / (1 - weight)
+    return {
+        f"{other:.1f}": float(roc_auc_score(rows["gold"], (1 - other) * of_head + other * readings))
+        for other in READING_WEIGHTS
+    }
 
 
 def leakage_report(rows: pd.DataFrame, texts: Sequence[str], seed: int = 0) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Evaluated:
         rows ([`LabelledTexts`]): The reported rows.
         modes (`dict[str, pandas.DataFrame]`): Their answers by mode of explanation; columns as of
             `predictions.SCHEMA`. The numbers are those of the first mode.
-        threshold (`float`), labels (`tuple[str, str]`): The model's.
+        threshold, lm_reading_weight (`float`), labels (`tuple[str, str]`): The model's.
         relation (`str`): What the reported rows are to the model: not seen, calibrated on, of another task.
         validation (`pandas.DataFrame`, *optional*): Answers for the validation rows, which thresholds are fitted on.
         validation_relation (`str`): What those are to the model.
@@ -39,6 +39,7 @@ class Evaluated:
     modes: dict[str, pd.DataFrame]
     threshold: float
     labels: tuple[str, str]
+    lm_reading_weight: float = 0.0
     relation: str = "not seen"
     validation: pd.DataFrame | None = None
     validation_relation: str = "calibrated on it"

@@ -61,13 +61,14 @@ def alignment(evaluated: Evaluated) -> Section | None:
 
 def second_reading(evaluated: Evaluated) -> Section | None:
     """Whether the LM's own reading of the verdict knows anything."""
-    frame = evaluated.modes.get("guided")
+    frame = next((rows for rows in evaluated.modes.values() if rows["lm_probability"].notna().all()), None)
     if frame is None:
         return None
-    report = second_reading_report(frame, evaluated.threshold, evaluated.samples, evaluated.seed)
+    report = second_reading_report(
+        frame, evaluated.threshold, evaluated.lm_reading_weight, evaluated.samples, evaluated.seed
+    )
     names = {
         "auroc": "AUROC of the LM's reading for the true label",
-        "auroc_of_both": "AUROC of its mean with the probability",
         "agreement": "rows where it is on the decision's side",
         "errors_where_agreed": "wrong decisions among these rows",
         "errors_where_not": "wrong decisions among the others",
@@ -79,8 +80,16 @@ def second_reading(evaluated: Evaluated) -> Section | None:
         "from the probability does not tell wrong decisions from right ones (AUROC of 0.5 or less), a disagreement "
         "means nothing."
     )
-    rows = [[name, shown(report[key])] for key, name in names.items()]
-    return Section(report, Part("What the LM's own reading is worth", [Table(["", "share or AUROC"], rows, note)]))
+    blocks = [Table(["", "share or AUROC"], [[name, shown(report[key])] for key, name in names.items()], note)]
+    if weights := report["auroc_by_weight"]:
+        rows = [list(map(number, weights.values()))]
+        note = (
+            "AUROC of the number, were lm_reading_weight another than the model's "
+            f"{evaluated.lm_reading_weight:g}. Choose it on a validation split; calibrate_clsgen.py fits the "
+            "checkpoint with it."
+        )
+        blocks.append(Table(list(weights), rows, note))
+    return Section(report, Part("What the LM's own reading is worth", blocks))
 
 
 def leakage(evaluated: Evaluated) -> Section | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import PROMPT
 from datasets import Dataset, DatasetDict
+from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 
@@ -360,9 +361,17 @@ def test_what_a_second_reading_is_worth():
             "lm_probability": [0.8, 0.6, 0.2, 0.6, 0.9, 0.3],
         }
     )
+    rows["logit"] = logit(rows["probability"])
     found = second_reading_report(rows, 0.5, samples=200)
     assert found["auroc"]["value"] == pytest.approx(roc_auc_score(rows["gold"], rows["lm_probability"]))
-    assert found["auroc_of_both"]["value"] == 1.0  # 0.85, 0.65 and 0.65 against 0.15, 0.45 and 0.45
+    by_weight = found["auroc_by_weight"]
+    assert by_weight["0.0"] == pytest.approx(roc_auc_score(rows["gold"], rows["probability"]))
+    assert by_weight["1.0"] == pytest.approx(roc_auc_score(rows["gold"], rows["lm_probability"]))
+    pooled = rows.assign(logit=0.7 * logit(rows["probability"]) + 0.3 * logit(rows["lm_probability"]))
+    assert by_weight["0.3"] == pytest.approx(roc_auc_score(rows["gold"], pooled["logit"]))
+    assert second_reading_report(pooled, 0.5, 0.3, samples=200)["auroc_by_weight"] == pytest.approx(by_weight)
+    assert second_reading_report(rows, 0.5, 1.0, samples=200)["auroc_by_weight"] == {}
+    assert second_reading_report(rows[:2], 0.5, samples=200)["auroc_by_weight"] == {}
     assert found["agreement"]["value"] == 0.5  # the first three
     assert found["errors_where_agreed"]["value"] == 0.0
     assert found["errors_where_not"]["value"] == pytest.approx(2 / 3)  # but for the fourth
