@@ -9,7 +9,7 @@ import torch
 from conftest import PROMPT
 from datasets import Dataset, DatasetDict
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
 from benchmarks.baselines import fine_tuning
 from benchmarks.baselines.__main__ import SYSTEMS, parse_options, system_class
@@ -140,6 +140,37 @@ def test_sft_trains_alike_whether_frozen_layers_are_kept_or_not(task, backbones,
     assert SftOnly(task, 0, backbones["llama"], **options).fit() == {
         **kept, "train_loss": pytest.approx(kept["train_loss"], rel=1e-5)
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [SftOnly, ClassificationOnly])
+def test_a_cut_training_goes_on_from_its_last_checkpoint(kind, task, backbones, monkeypatch):
+    options = {"epochs": 2, "lora_r": 2, "lora_first_layer": 0}
+    whole = kind(task, 0, backbones["llama"], **options)
+    set_seed(0)
+    expected = whole.fit()
+    monkeypatch.setattr(fine_tuning, "FITTED", fine_tuning.FITTED / "again")
+    cut = kind(task, 0, backbones["llama"], **options)
+
+    class Cut(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if state.epoch >= 1:
+                raise KeyboardInterrupt
+
+    train = cut.train
+    monkeypatch.setattr(cut, "train", lambda model, folder, callbacks: train(model, folder, [*callbacks, Cut()]))
+    set_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    clock = cut.fitted_folder() / "training" / "seconds.json"
+    before = json.loads(clock.read_text(encoding="utf-8"))
+    again = kind(task, 0, backbones["llama"], **options)
+    found = again.fit()
+    assert found["steps"] == expected["steps"]
+    rows = labelled(task, "test")
+    assert again.logits(rows) == pytest.approx(whole.logits(rows), abs=1e-4)
+    record = json.loads((cut.fitted_folder() / "fitted.json").read_text(encoding="utf-8"))
+    assert record["seconds"] > before > 0
+    assert not clock.parent.exists()
 
 
 def test_two_models_are_the_classifier_and_the_explainer_trained_once(task, backbones):

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import tempfile
+import shutil
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -26,8 +26,10 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.baselines.running import Baseline, Row, labelled, labels_of
@@ -49,11 +51,28 @@ COMMON = {
 }  # fmt: skip
 
 
+class _Clock(TrainerCallback):
+    """Seconds of a training, those before its last checkpoint included where it was cut."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self.before + time.perf_counter() - self.start
+
+    def on_save(self, *args, **kwargs) -> None:
+        write_json(self.file, self.seconds)
+
+
 class _FineTuned(Baseline):
     """LoRA on all linear layers from `lora_first_layer` on; prompts are CLSGen's.
 
-    The adapter is kept below `outputs/baselines`: whoever asks again for the same training gets it from there. After a
-    change of this code, remove the folder.
+    The adapter is kept below `outputs/baselines`: whoever asks again for the same training gets it from there, and a
+    cut one goes on from its last checkpoint. After a change of this code, remove the folder.
     """
 
     name: ClassVar[str]
@@ -67,11 +86,14 @@ class _FineTuned(Baseline):
             model, found = PeftModel.from_pretrained(model, folder), json.loads(record.read_text(encoding="utf-8"))
             self.earlier_seconds = found["seconds"]
         else:
-            start = time.perf_counter()
-            model, chosen = self.train(model)
-            found = {"chosen": chosen, "seconds": time.perf_counter() - start}
+            training = folder / "training"
+            training.mkdir(parents=True, exist_ok=True)
+            clock = _Clock(training / "seconds.json")
+            model, chosen = self.train(model, training, [clock])
+            found = {"chosen": chosen, "seconds": clock.seconds}
             model.save_pretrained(folder)
             write_json(record, found)
+            shutil.rmtree(training)
         self._model = model.merge_and_unload().eval()
         return found["chosen"]
 
@@ -80,8 +102,16 @@ class _FineTuned(Baseline):
         """The backbone as it is before training."""
 
     @abstractmethod
-    def train(self, model: PreTrainedModel) -> tuple[PeftModel, dict[str, Any]]:
-        """Trains an adapter of the base model; returns it there, and what was found on the way."""
+    def train(
+        self, model: PreTrainedModel, folder: Path, callbacks: list[TrainerCallback]
+    ) -> tuple[PeftModel, dict[str, Any]]:
+        """Trains an adapter of the base model; returns it there, and what was found on the way.
+
+        Args:
+            model (`PreTrainedModel`): Of [`base_model`].
+            folder (`Path`): For checkpoints; what is found there is gone on with.
+            callbacks (`list[TrainerCallback]`): For the trainer.
+        """
 
     def fitted_folder(self) -> Path:
         """Where the adapter lies; another for whatever makes another."""
@@ -102,10 +132,12 @@ class _FineTuned(Baseline):
         chosen = {name: self.settings[name] for name in names}
         return lora_config(model, ModelArguments(use_peft=True, lora_dropout=0.0, lora_task_type=task_type, **chosen))
 
-    def training(self, folder: str) -> dict[str, Any]:
+    def training(self, folder: Path) -> dict[str, Any]:
         """Arguments that transformers' and TRL's trainers share."""
         return {
-            "output_dir": folder,
+            "output_dir": str(folder),
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
             "num_train_epochs": self.settings["epochs"],
             "learning_rate": self.settings["learning_rate"],
             "per_device_train_batch_size": self.settings["batch_size"],
@@ -123,7 +155,7 @@ class _FineTuned(Baseline):
 class _SftTrainer(SFTTrainer):
     """TRL's trainer as it is, but for what its frozen layers make of a row, which is computed once."""
 
-    def __init__(self, model: PreTrainedModel, folder: str, **kwargs):
+    def __init__(self, model: PreTrainedModel, folder: Path, **kwargs):
         super().__init__(model, **kwargs)
         depth = first_trained_layer(model)
         self._frozen_layers = FrozenLayers(model, depth, folder) if depth else None
@@ -150,28 +182,29 @@ class SftOnly(_FineTuned):
     def base_model(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.backbone, dtype=torch.float32)
 
-    def train(self, model: PreTrainedModel) -> tuple[PeftModel, dict[str, Any]]:
+    def train(
+        self, model: PreTrainedModel, folder: Path, callbacks: list[TrainerCallback]
+    ) -> tuple[PeftModel, dict[str, Any]]:
         rows = [{**row, "explanation": row["explanation"] or " "} for row in labelled(self.task, "train")]
         encoded = encode_rows(
             Dataset.from_list(rows), self._encoder, self.settings["max_explanation_length"], guided=True
         )
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = SFTConfig(
-                **self.training(folder),
-                max_length=None,
-                save_strategy="no",
-                activation_checkpointing=False,
-                train_sampling_strategy=self.settings["sampling"],
-            )
-            trainer = _SftTrainer(
-                model,
-                str(Path(folder) / "frozen_layers"),
-                args=arguments,
-                train_dataset=encoded.select_columns(["input_ids", "labels"]),
-                processing_class=self._encoder.tokenizer,
-                peft_config=self.lora(model, "CAUSAL_LM"),
-            )
-            outcome = trainer.train()
+        arguments = SFTConfig(
+            **self.training(folder),
+            max_length=None,
+            activation_checkpointing=False,
+            train_sampling_strategy=self.settings["sampling"],
+        )
+        trainer = _SftTrainer(
+            model,
+            folder / "frozen_layers",
+            args=arguments,
+            train_dataset=encoded.select_columns(["input_ids", "labels"]),
+            processing_class=self._encoder.tokenizer,
+            peft_config=self.lora(model, "CAUSAL_LM"),
+            callbacks=callbacks,
+        )
+        outcome = trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
         return trainer.model, {"train_loss": outcome.training_loss, "steps": outcome.global_step}
 
     def logits(self, rows: Sequence[Row]) -> np.ndarray:
@@ -230,28 +263,25 @@ class ClassificationOnly(_FineTuned):
         model.config.pad_token_id = tokenizer.pad_token_id
         return model
 
-    def train(self, model: PreTrainedModel) -> tuple[PeftModel, dict[str, Any]]:
+    def train(
+        self, model: PreTrainedModel, folder: Path, callbacks: list[TrainerCallback]
+    ) -> tuple[PeftModel, dict[str, Any]]:
         tokenizer = self._encoder.tokenizer
         model = get_peft_model(model, self.lora(model, "SEQ_CLS"))
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                **self.training(folder),
-                eval_strategy="epoch",
-                save_strategy="epoch",
-                save_total_limit=1,
-                load_best_model_at_end=True,
-                metric_for_best_model="auroc",
-            )
-            trainer = Trainer(
-                model,
-                arguments,
-                train_dataset=self._encoded(labelled(self.task, "train")),
-                eval_dataset=self._encoded(labelled(self.task, "validation")),
-                data_collator=DataCollatorWithPadding(tokenizer),
-                processing_class=tokenizer,
-                compute_metrics=_auroc,
-            )
-            outcome = trainer.train()
+        arguments = TrainingArguments(
+            **self.training(folder), eval_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="auroc"
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=self._encoded(labelled(self.task, "train")),
+            eval_dataset=self._encoded(labelled(self.task, "validation")),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=_auroc,
+            callbacks=callbacks,
+        )
+        outcome = trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
         aurocs = [entry["eval_auroc"] for entry in trainer.state.log_history if "eval_auroc" in entry]
         found = {"train_loss": outcome.training_loss, "steps": outcome.global_step, "validation_aurocs": aurocs}
         return model, found
