@@ -138,6 +138,14 @@ def test_a_guidance_that_cannot_be(task, tmp_path):
         evaluate(str(older), task, tmp_path / "out", explanation_guidance_scale=2.0)
 
 
+@pytest.mark.parametrize("modes", [["free"], ["guided"]])
+@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "fixtures").glob("format_*")), ids=lambda f: f.name)
+def test_checkpoints_of_every_format(folder, modes, task, tmp_path):
+    found = evaluate(str(folder), task, tmp_path / "out", modes=modes, limit=4)
+    assert found["rows"]["reported"] == 4
+    assert found["language"][modes[0]]["rows"] == 4
+
+
 def test_an_ended_run_goes_on_and_a_second_one_asks_nothing_again(checkpoint, task, tmp_path, caplog):
     caplog.set_level("INFO")
     output = tmp_path / "out"
