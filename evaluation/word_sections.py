@@ -82,13 +82,12 @@ def second_reading(evaluated: Evaluated) -> Section | None:
     )
     blocks = [Table(["", "share or AUROC"], [[name, shown(report[key])] for key, name in names.items()], note)]
     if weights := report["auroc_by_weight"]:
-        rows = [list(map(number, weights.values()))]
         note = (
-            "AUROC of the number, were lm_reading_weight another than the model's "
+            "The number's AUROC, were lm_reading_weight another than the model's "
             f"{evaluated.lm_reading_weight:g}. Choose it on a validation split; calibrate_clsgen.py fits the "
             "checkpoint with it."
         )
-        blocks.append(Table(list(weights), rows, note))
+        blocks.append(Table(["weight", *weights], [["AUROC", *map(number, weights.values())]], note))
     return Section(report, Part("What the LM's own reading is worth", blocks))
 
 
