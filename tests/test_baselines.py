@@ -17,6 +17,7 @@ from benchmarks.baselines.cnn import TextCnn
 from benchmarks.baselines.fine_tuning import ClassificationOnly, SftOnly, TwoModels
 from benchmarks.baselines.prompting import first_difference, verbalised_probability
 from benchmarks.baselines.running import labelled, labels_of, run
+from clsgen.frozen_layers import FrozenLayers
 from clsgen.tasks import Task
 
 
@@ -134,7 +135,15 @@ def test_sft_learns_words_and_verdicts_alone_on_completions(task, backbones):
 
 def test_sft_trains_alike_whether_frozen_layers_are_kept_or_not(task, backbones, monkeypatch):
     options = {"lora_first_layer": 1, "sampling": "group_by_length", "learning_rate": 2e-2}
+    depths = []
+
+    def frozen_layers(model, depth, folder):
+        depths.append(depth)
+        return FrozenLayers(model, depth, folder)
+
+    monkeypatch.setattr(fine_tuning, "FrozenLayers", frozen_layers)
     kept = SftOnly(task, 0, backbones["llama"], **options).fit()
+    assert depths == [1]
     monkeypatch.setattr(fine_tuning, "first_trained_layer", lambda model: 0)
     monkeypatch.setattr(fine_tuning, "FITTED", fine_tuning.FITTED / "again")
     assert SftOnly(task, 0, backbones["llama"], **options).fit() == {
