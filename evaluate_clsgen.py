@@ -18,7 +18,7 @@ from transformers import AutoModel, HfArgumentParser
 from clsgen.atomic_io import write_json, write_text
 from clsgen.evaluation.alignment import alignment_report
 from clsgen.evaluation.collapse import perplexity_report
-from clsgen.evaluation.evaluated import Evaluated, Section, number, spread
+from clsgen.evaluation.evaluated import CALIBRATED_ON, Evaluated, Section, number, spread
 from clsgen.evaluation.judges import DEFAULT_JUDGES, make_judge
 from clsgen.evaluation.number_sections import calibration, classification, comparison, speed, thresholds
 from clsgen.evaluation.predictions import SCHEMA, labelled_texts, predict, read_predictions, table_rows
@@ -216,7 +216,7 @@ def _relation(model: Any, task: Task, split: str) -> str:
     """What a split is to the model, as far as its config tells."""
     if TaskPrompt.from_dict(model.config.prompt) != TaskPrompt.from_dict(task.prompt):
         return "of another task than the model's"
-    return {"train": "trained on it", "validation": "calibrated on it", "test": "not seen"}[split]
+    return {"train": "trained on it", "validation": CALIBRATED_ON, "test": "not seen"}[split]
 
 
 def _judge(evaluated: Evaluated, task: Task, arguments: EvaluationArguments) -> None:

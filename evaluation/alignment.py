@@ -127,21 +127,19 @@ def _against_gold(gold: pd.Series, answers: pd.Series) -> dict[str, Any]:
 
 
 def second_reading_report(
-    rows: pd.DataFrame, threshold: float, lm_reading_weight: float = 0.0, samples: int = SAMPLES, seed: int = 0
+    rows: pd.DataFrame, threshold: float, samples: int = SAMPLES, seed: int = 0
 ) -> dict[str, Any]:
     """What the LM's own reading of the verdict is worth, and whether its distance from the number points to errors.
 
     Args:
-        rows (`pandas.DataFrame`): `gold`, `predicted`, `probability`, `logit` and `lm_probability`.
-        threshold, lm_reading_weight (`float`): The model's.
+        rows (`pandas.DataFrame`): `gold`, `predicted`, `probability` and `lm_probability`.
+        threshold (`float`): The model's.
         samples, seed (`int`): Of the bootstrap.
 
     Returns:
         `dict` of estimates (see [`intervals.metrics_with_intervals`]):
 
         - `auroc`: of `lm_probability` for the gold label.
-        - `auroc_by_weight`: that of the number, were `lm_reading_weight` another; not an estimate, but a dict of them
-          without intervals.
         - `agreement`: share of rows where it lies on the decision's side of 0.5.
         - `errors_where_agreed`, `errors_where_not`: share of wrong decisions among these rows, and among the others.
         - `auroc_of_distance`: how well `|probability - lm_probability|` tells wrong decisions from right ones; and
@@ -151,7 +149,6 @@ def second_reading_report(
     agreed = ((rows["lm_probability"] >= 0.5) == (rows["predicted"] == 1)).to_numpy()
     found = {
         "auroc": metrics_with_intervals(rows["gold"], rows["lm_probability"], 0.5, samples, seed)["auroc"],
-        "auroc_by_weight": _auroc_by_weight(rows, lm_reading_weight),
         "agreement": share(int(agreed.sum()), len(rows), "rows"),
         "errors_where_agreed": share(int(wrong[agreed].sum()), int(agreed.sum()), "row where both agree"),
         "errors_where_not": share(int(wrong[~agreed].sum()), int((~agreed).sum()), "row where they differ"),
@@ -168,8 +165,17 @@ def second_reading_report(
     return found
 
 
-def _auroc_by_weight(rows: pd.DataFrame, weight: float) -> dict[str, float]:
-    """AUROC of the number by weight of the reading; empty where it is undefined or nothing of the head is known."""
+def auroc_by_weight(rows: pd.DataFrame, weight: float) -> dict[str, float]:
+    """The number's AUROC, were `lm_reading_weight` another: what to choose it by, on validation rows.
+
+    Args:
+        rows (`pandas.DataFrame`): `gold`, `logit` and `lm_probability`.
+        weight (`float`): The model's, which is in `logit`.
+
+    Returns:
+        `dict[str, float]`: AUROC by weight, "0.0" to "1.0"; empty where rows are of one class, or the logit holds
+        nothing of the head.
+    """
     if weight == 1 or rows["gold"].nunique() < 2:
         return {}
     readings = logit(rows["lm_probability"].clip(*CERTAIN))

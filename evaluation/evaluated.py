@@ -11,6 +11,8 @@ from clsgen.evaluation.predictions import LabelledTexts
 from clsgen.evaluation.report import Part
 from clsgen.evaluation.thresholds import Target
 
+CALIBRATED_ON = "calibrated on it"
+
 
 @dataclass
 class Evaluated:
@@ -42,7 +44,7 @@ class Evaluated:
     lm_reading_weight: float = 0.0
     relation: str = "not seen"
     validation: pd.DataFrame | None = None
-    validation_relation: str = "calibrated on it"
+    validation_relation: str = CALIBRATED_ON
     others: dict[str, pd.DataFrame] = field(default_factory=dict)
     compared: dict[str, pd.DataFrame] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clsgen.evaluation.alignment import leakage_report, second_reading_report
-from clsgen.evaluation.evaluated import Evaluated, Section, number, shown
+from clsgen.evaluation.alignment import auroc_by_weight, leakage_report, second_reading_report
+from clsgen.evaluation.evaluated import CALIBRATED_ON, Evaluated, Section, number, shown
 from clsgen.evaluation.intervals import agreement_with_intervals
 from clsgen.evaluation.language import language_report
 from clsgen.evaluation.report import Example, Examples, Paragraph, Part, Table
@@ -64,9 +64,7 @@ def second_reading(evaluated: Evaluated) -> Section | None:
     frame = next((rows for rows in evaluated.modes.values() if rows["lm_probability"].notna().all()), None)
     if frame is None:
         return None
-    report = second_reading_report(
-        frame, evaluated.threshold, evaluated.lm_reading_weight, evaluated.samples, evaluated.seed
-    )
+    report = second_reading_report(frame, evaluated.threshold, evaluated.samples, evaluated.seed)
     names = {
         "auroc": "AUROC of the LM's reading for the true label",
         "agreement": "rows where it is on the decision's side",
@@ -81,11 +79,13 @@ def second_reading(evaluated: Evaluated) -> Section | None:
         "means nothing."
     )
     blocks = [Table(["", "share or AUROC"], [[name, shown(report[key])] for key, name in names.items()], note)]
-    if weights := report["auroc_by_weight"]:
+    # Of rows that calibration has seen alone: a weight that was picked by test rows would flatter them.
+    weights = auroc_by_weight(frame, evaluated.lm_reading_weight) if evaluated.relation == CALIBRATED_ON else {}
+    if weights:
+        report["auroc_by_weight"] = weights
         note = (
             "The number's AUROC, were lm_reading_weight another than the model's "
-            f"{evaluated.lm_reading_weight:g}. Choose it on a validation split; calibrate_clsgen.py fits the "
-            "checkpoint with it."
+            f"{evaluated.lm_reading_weight:g}; calibrate_clsgen.py fits the checkpoint with it."
         )
         blocks.append(Table(["weight", *weights], [["AUROC", *map(number, weights.values())]], note))
     return Section(report, Part("What the LM's own reading is worth", blocks))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from clsgen.evaluation.alignment import (
     alignment_metrics,
     alignment_report,
+    auroc_by_weight,
     leakage_adjusted_simulatability,
     leakage_report,
     second_reading_report,
@@ -364,14 +365,13 @@ def test_what_a_second_reading_is_worth():
     rows["logit"] = logit(rows["probability"])
     found = second_reading_report(rows, 0.5, samples=200)
     assert found["auroc"]["value"] == pytest.approx(roc_auc_score(rows["gold"], rows["lm_probability"]))
-    by_weight = found["auroc_by_weight"]
+    by_weight = auroc_by_weight(rows, 0.0)
     assert by_weight["0.0"] == pytest.approx(roc_auc_score(rows["gold"], rows["probability"]))
     assert by_weight["1.0"] == pytest.approx(roc_auc_score(rows["gold"], rows["lm_probability"]))
     pooled = rows.assign(logit=0.7 * logit(rows["probability"]) + 0.3 * logit(rows["lm_probability"]))
     assert by_weight["0.3"] == pytest.approx(roc_auc_score(rows["gold"], pooled["logit"]))
-    assert second_reading_report(pooled, 0.5, 0.3, samples=200)["auroc_by_weight"] == pytest.approx(by_weight)
-    assert second_reading_report(rows, 0.5, 1.0, samples=200)["auroc_by_weight"] == {}
-    assert second_reading_report(rows[:2], 0.5, samples=200)["auroc_by_weight"] == {}
+    assert auroc_by_weight(pooled, 0.3) == pytest.approx(by_weight)
+    assert auroc_by_weight(rows, 1.0) == auroc_by_weight(rows[:2], 0.0) == {}
     assert found["agreement"]["value"] == 0.5  # the first three
     assert found["errors_where_agreed"]["value"] == 0.0
     assert found["errors_where_not"]["value"] == pytest.approx(2 / 3)  # but for the fourth

@@ -146,6 +146,12 @@ def test_checkpoints_of_every_format(folder, modes, task, tmp_path):
     assert found["language"][modes[0]]["rows"] == 4
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_weights_of_the_reading_are_offered_on_validation_rows_alone(checkpoint, split, task, tmp_path):
+    found = evaluate(checkpoint, task, tmp_path / "out", split=split, modes=["guided"])
+    assert ("auroc_by_weight" in found["second_reading"]) == (split == "validation")
+
+
 def test_an_ended_run_goes_on_and_a_second_one_asks_nothing_again(checkpoint, task, tmp_path, caplog):
     caplog.set_level("INFO")
     output = tmp_path / "out"
