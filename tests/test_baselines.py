@@ -201,12 +201,26 @@ def test_two_models_are_the_classifier_and_the_explainer_trained_once(task, back
 def test_few_shot_examples_are_balanced_and_from_training(task, backbones):
     baseline = system_class("few-shot")(task, 0, backbones["llama"])
     baseline.load()
-    examples = baseline._choose(4)
+    examples = baseline._examples(4)
     assert examples.count("Answer: not supported") == 2
     assert examples.count("Answer: supported") == 2
     known = {task.text_of(row) for row in labelled(task, "train")}
     assert sum(text in examples for text in known) == 4
-    assert baseline._choose(4) == examples
+    assert baseline._examples(4) == examples
+
+
+@pytest.mark.parametrize(
+    ("system", "options"),
+    [("zero-shot-logprob", {}), ("few-shot", {"examples": [2, 4]}), ("zero-shot-verbalised", {"max_new_tokens": 2})],
+)
+def test_prompted_systems_keep_the_validation_logits_of_the_chosen_way(system, options, task, backbones):
+    baseline = system_class(system)(task, 0, backbones["llama"], **options)
+    chosen = baseline.fit()
+    kept, rows = baseline.validation_logits(), labelled(task, "validation")
+    assert kept == pytest.approx(baseline.logits(rows), abs=1e-5)
+    if "validation_aurocs" in chosen:
+        assert len(chosen["validation_aurocs"]) == 2
+        assert roc_auc_score(labels_of(rows), kept) == pytest.approx(max(chosen["validation_aurocs"].values()))
 
 
 @pytest.mark.parametrize(

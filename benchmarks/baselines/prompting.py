@@ -33,6 +33,25 @@ class _Prompted(Baseline):
         prompt = {**self._prompt.to_dict(), "question": question, "template": template or self._prompt.template}
         return PromptEncoder(self._tokenizer, TaskPrompt.from_dict(prompt), self.settings["max_prompt_length"])
 
+    def choose(self, ways: dict[Any, Any]) -> tuple[Any, dict[Any, float]]:
+        """Asks from here on in the way, of those by name, that ranks the validation split best.
+
+        Returns:
+            Its name, and the validation AUROC of each.
+        """
+        validation = labelled(self.task, "validation")
+        logits = {}
+        for name, self._way in ways.items():
+            logits[name] = self.logits(validation)
+        aurocs = {name: float(roc_auc_score(labels_of(validation), found)) for name, found in logits.items()}
+        chosen = max(aurocs, key=aurocs.get)
+        self._way, self._validation_logits = ways[chosen], logits[chosen]
+        return chosen, aurocs
+
+    def validation_logits(self) -> np.ndarray:
+        """Those that [`Baseline.fit`] has asked for already."""
+        return self._validation_logits
+
     def fields(self, row: Row) -> dict[str, str]:
         return {name: row[name] for name in self.task.fields}
 
@@ -59,13 +78,7 @@ class ZeroShotLogProbability(_Prompted):
             "yes or no": (("No", "Yes"), "Reply with Yes or No alone."),
             "verdict": ((against, in_favour), f'Reply with "{against}" or "{in_favour}" alone.'),
         }
-        validation = labelled(self.task, "validation")
-        aurocs = {}
-        for name, way in ways.items():
-            self._way = way
-            aurocs[name] = float(roc_auc_score(labels_of(validation), self.logits(validation)))
-        chosen = max(aurocs, key=aurocs.get)
-        self._way = ways[chosen]
+        chosen, aurocs = self.choose(ways)
         return {"answer": chosen, "validation_aurocs": aurocs}
 
     def logits(self, rows: Sequence[Row]) -> np.ndarray:
@@ -83,15 +96,10 @@ class FewShot(_Prompted):
 
     def fit(self) -> dict[str, Any]:
         self.load()
-        validation, aurocs = labelled(self.task, "validation"), {}
-        for count in self.settings["examples"]:
-            self._examples = self._choose(count)
-            aurocs[count] = float(roc_auc_score(labels_of(validation), self.logits(validation)))
-        chosen = max(aurocs, key=aurocs.get)
-        self._examples = self._choose(chosen)
+        chosen, aurocs = self.choose({count: self._examples(count) for count in self.settings["examples"]})
         return {"examples": chosen, "validation_aurocs": aurocs}
 
-    def _choose(self, count: int) -> str:
+    def _examples(self, count: int) -> str:
         generator, rows = random.Random(self.seed), labelled(self.task, "train")
         chosen = [
             row
@@ -109,9 +117,7 @@ class FewShot(_Prompted):
         # The examples are a field of their own: what they say is never read as part of the template.
         template = "{examples_of_the_task}\n\n" + self._prompt.template
         encoder = self.encoder(f'{self._prompt.question}\nReply with "{against}" or "{in_favour}" alone.', template)
-        prompts = [
-            encoder.encode({"examples_of_the_task": self._examples, **self.fields(row)}).input_ids for row in rows
-        ]
+        prompts = [encoder.encode({"examples_of_the_task": self._way, **self.fields(row)}).input_ids for row in rows]
         answers = first_difference(encoder.encode_plain(against), encoder.encode_plain(in_favour))
         return np.array(answer_log_odds(self._model, prompts, answers, description="Few-shot"))
 
@@ -135,9 +141,8 @@ class ZeroShotVerbalised(_Prompted):
     def fit(self) -> dict[str, Any]:
         self.load()
         self._base_rate = float(labels_of(labelled(self.task, "train")).mean())
-        self._unreadable = []
-        self.logits(labelled(self.task, "validation"))
-        return {"base_rate": self._base_rate, "unreadable_replies_on_validation": self._unreadable[-1]}
+        self._validation_logits = self.logits(labelled(self.task, "validation"))
+        return {"base_rate": self._base_rate, "unreadable_replies_on_validation": self._unreadable}
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> np.ndarray:
@@ -153,6 +158,6 @@ class ZeroShotVerbalised(_Prompted):
             ids = self._model.generate(**batch, max_new_tokens=self.settings["max_new_tokens"], do_sample=False)
             new = ids[:, batch["input_ids"].shape[1] :]
             found += map(verbalised_probability, self._tokenizer.batch_decode(new, skip_special_tokens=True))
-        self._unreadable.append(sum(value is None for value in found))
+        self._unreadable = sum(value is None for value in found)
         values = np.array([self._base_rate if value is None else value for value in found]).clip(CLIP, 1 - CLIP)
         return np.log(values / (1 - values))

@@ -63,6 +63,10 @@ class Baseline(ABC):
     def logits(self, rows: Sequence[Row]) -> np.ndarray:
         """Log-odds of label 1, float64, one a row."""
 
+    def validation_logits(self) -> np.ndarray:
+        """[`Baseline.logits`] of the validation split; a system that asked for them while it was fitted keeps them."""
+        return self.logits(labelled(self.task, "validation"))
+
     def explain(self, rows: Sequence[Row], predicted: Sequence[int]) -> dict[str, list[str]]:
         """Explanations by mode (`free` or `guided`, the latter for the labels `predicted`); none for most systems."""
         return {}
@@ -102,7 +106,7 @@ def run(baseline: Baseline, system: str, folder: Path | None = None) -> dict[str
     validation, test = labelled(task, "validation"), labelled(task, "test")
     report: dict[str, Any] = {"task": task.name, "system": system, "seed": baseline.seed, **describe_run()}
     report["settings"], report["chosen"] = baseline.settings, baseline.fit()
-    logits = baseline.logits(validation)
+    logits = baseline.validation_logits()
     report["train_seconds"] = round(baseline.earlier_seconds + time.perf_counter() - start, 2)
     temperature, bias = fit_temperature_and_bias(logits, labels_of(validation))
     probabilities = calibrated_probabilities(logits, temperature, bias)
