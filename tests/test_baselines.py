@@ -133,6 +133,19 @@ def test_sft_learns_words_and_verdicts_alone_on_completions(task, backbones):
     assert not np.allclose(trained, baseline.logits(rows))
 
 
+def test_sft_row_without_explanation_teaches_the_verdict_and_not_to_stop_there(task, backbones):
+    baseline = SftOnly(task, 0, backbones["llama"])
+    encoder = baseline._encoder = baseline.encoder()
+    row = labelled(task, "train")[0]
+    explained, bare = baseline._encoded(row), baseline._encoded({**row, "explanation": None})
+    verdict = encoder.encode_verdict(int(row["label"]))
+    prompt = baseline.prompts([row])[0]
+    assert bare == {"input_ids": prompt + verdict, "labels": [-100] * len(prompt) + verdict}
+    assert explained["input_ids"][: len(bare["input_ids"])] == bare["input_ids"]
+    assert explained["labels"][-1] == encoder.end_of_turn_id
+    assert encoder.end_of_turn_id not in bare["labels"]
+
+
 def test_sft_trains_alike_whether_frozen_layers_are_kept_or_not(task, backbones, monkeypatch):
     options = {"lora_first_layer": 1, "sampling": "group_by_length", "learning_rate": 2e-2}
     depths = []

@@ -38,9 +38,10 @@ from clsgen.batching_clsgen import pad_left, token_batches
 from clsgen.evaluation.lm_scoring import answer_log_odds
 from clsgen.explaining_clsgen import NoRepeatBehindPrompt
 from clsgen.frozen_layers import FrozenLayers, first_trained_layer
+from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
 from clsgen.train_sft_cls import ModelArguments, lora_config
-from clsgen.training_rows import encode_rows
+from clsgen.training_rows import hard_labels
 
 logger = logging.getLogger(__name__)
 FITTED = Path("outputs") / "baselines"
@@ -185,10 +186,6 @@ class SftOnly(_FineTuned):
     def train(
         self, model: PreTrainedModel, folder: Path, callbacks: list[TrainerCallback]
     ) -> tuple[PeftModel, dict[str, Any]]:
-        rows = [{**row, "explanation": row["explanation"] or " "} for row in labelled(self.task, "train")]
-        encoded = encode_rows(
-            Dataset.from_list(rows), self._encoder, self.settings["max_explanation_length"], guided=True
-        )
         arguments = SFTConfig(
             **self.training(folder),
             max_length=None,
@@ -199,13 +196,21 @@ class SftOnly(_FineTuned):
             model,
             folder / "frozen_layers",
             args=arguments,
-            train_dataset=encoded.select_columns(["input_ids", "labels"]),
+            train_dataset=Dataset.from_list([self._encoded(row) for row in labelled(self.task, "train")]),
             processing_class=self._encoder.tokenizer,
             peft_config=self.lora(model, "CAUSAL_LM"),
             callbacks=callbacks,
         )
         outcome = trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
         return trainer.model, {"train_loss": outcome.training_loss, "steps": outcome.global_step}
+
+    def _encoded(self, row: Row) -> dict[str, list[int]]:
+        prompt, label = self.prompts([row])[0], int(hard_labels(row["label"]))
+        completion = self._encoder.encode_verdict(label)
+        if row["explanation"]:  # without one, nothing tells how the words go on: not even that there are none
+            longest = self.settings["max_explanation_length"]
+            completion, _ = self._encoder.encode_completion(row["explanation"], label, longest)
+        return {"input_ids": prompt + completion, "labels": [IGNORE_INDEX] * len(prompt) + completion}
 
     def logits(self, rows: Sequence[Row]) -> np.ndarray:
         answers = (self._encoder.encode_verdict(0), self._encoder.encode_verdict(1))
