@@ -25,7 +25,7 @@ def classification_metrics(labels: ArrayLike, probabilities: ArrayLike, threshol
 
         - `auroc`, `average_precision`, `balanced_accuracy` (mean of the two classes' recalls): nan where only one
           class is present, since they compare the classes. `atomic_io.write_json` writes nan as `null`.
-        - `f1` of the positive class (0 where there is neither a positive row nor a positive prediction), `accuracy`.
+        - `f1` of the positive class (nan where there is neither a positive row nor a positive prediction), `accuracy`.
         - `brier` (mean squared error of the probability), `ece` (see [`expected_calibration_error`]), `log_loss` in
           nats, of probabilities clipped to [1e-7, 1 - 1e-7].
         - `rows` and `positive` (the number of rows of label 1), as `int`; `threshold`.
@@ -44,7 +44,7 @@ def classification_metrics(labels: ArrayLike, probabilities: ArrayLike, threshol
     return {
         "auroc": float(roc_auc_score(labels, probabilities)) if both_classes else math.nan,
         "average_precision": float(average_precision_score(labels, probabilities)) if both_classes else math.nan,
-        "f1": float(f1_score(labels, predictions, zero_division=0.0)),
+        "f1": float(f1_score(labels, predictions, zero_division=math.nan)),
         "accuracy": float((predictions == labels).mean()),
         "balanced_accuracy": sum(recalls) / 2 if both_classes else math.nan,
         "brier": float(brier_score_loss(labels, probabilities, pos_label=1)),

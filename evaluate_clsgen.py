@@ -4,6 +4,7 @@ python evaluate_clsgen.py --model outputs/trial_claims/model --task trial_claims
 python evaluate_clsgen.py --model outputs/trial_claims/model --task trial_claims --modes none --compare other.parquet
 """
 
+import json
 import logging
 import math
 import sys
@@ -18,10 +19,10 @@ from transformers import AutoModel, HfArgumentParser
 from clsgen.atomic_io import write_json, write_text
 from clsgen.evaluation.alignment import alignment_report
 from clsgen.evaluation.collapse import perplexity_report
-from clsgen.evaluation.evaluated import CALIBRATED_ON, Evaluated, Section, number, spread
-from clsgen.evaluation.judges import DEFAULT_JUDGES, make_judge
+from clsgen.evaluation.evaluated import CALIBRATED_ON, TRAINED_ON, Evaluated, Section, number, spread
+from clsgen.evaluation.judges import DEFAULT_JUDGES, Judge, default_judges, make_judge
 from clsgen.evaluation.number_sections import calibration, classification, comparison, speed, thresholds
-from clsgen.evaluation.predictions import SCHEMA, labelled_texts, predict, read_predictions, table_rows
+from clsgen.evaluation.predictions import SCHEMA, asked_of, labelled_texts, predict, read_predictions, table_rows
 from clsgen.evaluation.report import Report
 from clsgen.evaluation.speed import speed_report
 from clsgen.evaluation.thresholds import Target
@@ -79,7 +80,7 @@ class EvaluationArguments:
         default_factory=list,
         metadata={
             "help": "Tasks to report calibration on too, each NAME or NAME=SOURCE (what its prepare.py reads); "
-            "numbers alone, test split."
+            "numbers alone, test split, or where there is none the training split."
         },
     )
     compare: list[str] = field(
@@ -111,11 +112,12 @@ class EvaluationArguments:
         unknown = [mode for mode in self.modes if mode not in MODES]
         if unknown or not self.modes or ("none" in self.modes and len(self.modes) > 1):
             raise ValueError(f"`modes` is `guided`, `free`, both, or `none` alone, got {self.modes}.")
+        if not self.judges:
+            raise ValueError("`judges` is empty: name a judge, leave it out, or take `modes` none.")
         for name, least in (("limit", 1), ("bootstrap_samples", 100), ("examples", 0), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-
         scale = self.explanation_guidance_scale
         if scale is not None and not 0 < scale < math.inf:
             raise ValueError(f"`explanation_guidance_scale` must be a finite number above 0, got {scale}.")
@@ -150,6 +152,7 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     task = load_task(arguments.task, arguments.data_dir)
     others = [each.partition("=") for each in arguments.also_on]
     other_tasks = [load_task(name, source or None) for name, _, source in others]
+    judges, unjudged = _judges(task, arguments)  # before hours of generation, which a mistyped one would waste
     output_dir = Path(arguments.output_dir or Path("outputs") / task.name / "evaluation")
     output_dir.mkdir(parents=True, exist_ok=True)
     about = {"revision": arguments.revision, "trust_remote_code": True}
@@ -164,9 +167,9 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     evaluated = _predicted(model, task, other_tasks, arguments, output_dir)
     evaluated.targets = targets
     evaluated.compared = {name: _checked(name, frame, evaluated.numbers) for name, frame in compared.items()}
-    _judge(evaluated, task, arguments)
-    lengths = (arguments.batch_size, arguments.max_new_tokens)
-    evaluated.speed = speed_report(model, evaluated.rows.texts, next(iter(evaluated.explained), None), *lengths)
+    evaluated.unjudged = unjudged
+    _judge(evaluated, judges)
+    evaluated.speed = _speed(model, evaluated, arguments, output_dir / "answers" / "speed.json")
     write_rows(output_dir / "predictions.parquet", table_rows(list(evaluated.modes.values())), SCHEMA)
     if arguments.backbone:
         logger.info("Perplexity, the model's and that of %s", arguments.backbone)
@@ -191,8 +194,8 @@ def _predicted(
         lengths = (arguments.batch_size, arguments.max_new_tokens)
         return rows, predict(model, rows, mode, output_dir / "answers", arguments.overwrite, *lengths)
 
-    if tuple(task.labels) != tuple(model.config.label_names):
-        logger.warning("The model's labels are %s, the task's %s.", model.config.label_names, list(task.labels))
+    for each in (task, *other_tasks):
+        _check_labels(model, each)
     modes = {}
     for mode in arguments.modes:
         rows, modes[mode] = answers(task, arguments.split, mode)
@@ -202,37 +205,51 @@ def _predicted(
     others = {}
     for other in other_tasks:
         split = "test" if "test" in other.splits else "train"
-        other_rows, others[f"{other.name}/{split}"] = answers(other, split, "none")
-        logger.info("%s: %d rows", other_rows.name, len(other_rows.ids))
+        other_rows, found = answers(other, split, "none")
+        others[f"{other_rows.name} ({_relation(model, other, split)})"] = found
     weight = getattr(model.config, "lm_reading_weight", 0.0)  # checkpoints of format 1 bring code without it
     return Evaluated(
         rows, modes, model.config.threshold, tuple(model.config.label_names), weight,
-        _relation(model, task, arguments.split), validation, _relation(model, task, "validation"), others,
-        examples=arguments.examples, samples=arguments.bootstrap_samples, seed=arguments.seed,
+        asked=" ".join([task.prompt["question"], *task.prompt["verdicts"]]),
+        relation=_relation(model, task, arguments.split),
+        validation=validation,
+        validation_relation=_relation(model, task, "validation"),
+        others=others,
+        examples=arguments.examples,
+        samples=arguments.bootstrap_samples,
+        seed=arguments.seed,
     )  # fmt: skip
+
+
+def _check_labels(model: Any, task: Task) -> None:
+    ours, theirs = tuple(model.config.label_names), tuple(task.labels)
+    if ours == theirs[::-1]:
+        raise ValueError(
+            f"The labels of {task.name} are the model's the other way round: {theirs}, and the model's label 0 is "
+            f"{ours[0]!r}. Every number would be upside down: turn them and the `label` column round in the task."
+        )
+    if ours != theirs:
+        logger.warning("The model's labels are %s, those of %s %s.", ours, task.name, theirs)
 
 
 def _relation(model: Any, task: Task, split: str) -> str:
     """What a split is to the model, as far as its config tells."""
     if TaskPrompt.from_dict(model.config.prompt) != TaskPrompt.from_dict(task.prompt):
         return "of another task than the model's"
-    return {"train": "trained on it", "validation": CALIBRATED_ON, "test": "not seen"}[split]
+    return {"train": TRAINED_ON, "validation": CALIBRATED_ON, "test": "not seen"}[split]
 
 
-def _judge(evaluated: Evaluated, task: Task, arguments: EvaluationArguments) -> None:
+def _judges(task: Task, arguments: EvaluationArguments) -> tuple[list[Judge], dict[str, str]]:
+    """The judges that were asked for; the default ones may lack explanations to learn from, for a reason by name."""
+    if arguments.modes == ["none"]:
+        return [], {}
+    if arguments.judges == list(DEFAULT_JUDGES):
+        return default_judges(task)
+    return [make_judge(spec, task) for spec in arguments.judges], {}
+
+
+def _judge(evaluated: Evaluated, judges: list[Judge]) -> None:
     """Has the explanations judged, by mode; the first judge's reading joins the answers."""
-    if not evaluated.explained:
-        return
-    try:
-        judges = [make_judge(spec, task) for spec in arguments.judges]
-    except ValueError as error:
-        if arguments.judges != list(DEFAULT_JUDGES):
-            raise
-        evaluated.unjudged = str(error).rstrip(".")
-        logger.warning("No alignment: %s", error)
-        return
-    if not judges:
-        evaluated.unjudged = "no judge was named"
     for mode, frame in evaluated.explained.items():
         reports = {judge.name: alignment_report(frame, judge) for judge in judges}
         if reports:
@@ -240,6 +257,19 @@ def _judge(evaluated: Evaluated, task: Task, arguments: EvaluationArguments) -> 
             first = next(iter(reports.values()))
             frame["judged_probability"] = pd.array(first["judged_probability"], dtype="Float64")
             frame["judged_label"] = pd.array(first["judged_label"], dtype="Int64")
+
+
+def _speed(model: Any, evaluated: Evaluated, arguments: EvaluationArguments, kept: Path) -> dict[str, Any]:
+    """What an earlier run measured, if it was of the same; else [`speed_report`], which asks the model again."""
+    mode = next(iter(evaluated.explained), None)
+    asked = asked_of(model, evaluated.rows, mode or "none", arguments.max_new_tokens)
+    of = {**asked, "batch_size": arguments.batch_size}
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() and not arguments.overwrite else {}
+    if found.get("of") != of:
+        lengths = (arguments.batch_size, arguments.max_new_tokens)
+        found = {"of": of, "speed": speed_report(model, evaluated.rows.texts, mode, *lengths)}
+        write_json(kept, found)
+    return found["speed"]
 
 
 def _checked(name: str, theirs: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
@@ -271,6 +301,7 @@ def _record(
         "model": arguments.model,
         "revision": getattr(model.config, "_commit_hash", None),
         "threshold": evaluated.threshold,
+        "labels": {"model": list(evaluated.labels), "task": list(task.labels)},
         "rows": {
             "reported": len(gold),
             "positive": int(gold.sum()),
@@ -309,6 +340,8 @@ def _report(evaluated: Evaluated, sections: dict[str, Section], metrics: dict[st
         told.append(f"{rows['truncated']} texts truncated")
     if metrics["arguments"]["limit"]:
         told.append(f"limited to {metrics['arguments']['limit']} rows of each split")
+    if list(evaluated.labels) != list(task.labels):
+        told.append(f"the model's labels are {evaluated.labels}, the task's {tuple(task.labels)}")
     if task.credentialed:
         told.append("holds text of a credentialed source: not to be published")
     return Report(

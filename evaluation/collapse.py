@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clsgen.backbones import resolve_backbone
@@ -19,6 +20,8 @@ MAX_PROMPT_LENGTH = 864
 def perplexity(model: Any, prompts: Sequence[list[int]], continuations: Sequence[list[int]]) -> float:
     """`exp` of the mean negative log-likelihood of a token of the continuations; nan without any token.
 
+    A model that diverged may have an infinite one.
+
     Args:
         model (`PreTrainedModel`): A causal LM.
         prompts, continuations (`Sequence[list[int]]`): Ids; prompts are not scored.
@@ -26,7 +29,9 @@ def perplexity(model: Any, prompts: Sequence[list[int]], continuations: Sequence
     tokens = sum(map(len, continuations))
     if not tokens:
         return math.nan
-    return math.exp(-sum(continuation_log_likelihoods(model, prompts, continuations)) / tokens)
+    mean = sum(continuation_log_likelihoods(model, prompts, continuations)) / tokens
+    with np.errstate(over="ignore"):
+        return float(np.exp(-mean))
 
 
 def general_passages() -> list[str]:
@@ -76,6 +81,8 @@ def perplexity_report(
         }
         if not tokens:
             report["undefined"][name] = f"{task.name} has no explanation in its validation split"
+        elif not math.isfinite(ours / theirs):
+            report["undefined"][name] = f"no finite perplexity: the model's is {ours}, the backbone's {theirs}"
     return report
 
 

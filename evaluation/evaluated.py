@@ -12,6 +12,7 @@ from clsgen.evaluation.report import Part
 from clsgen.evaluation.thresholds import Target
 
 CALIBRATED_ON = "calibrated on it"
+TRAINED_ON = "trained on it"
 
 
 @dataclass
@@ -23,14 +24,15 @@ class Evaluated:
         modes (`dict[str, pandas.DataFrame]`): Their answers by mode of explanation; columns as of
             `predictions.SCHEMA`. The numbers are those of the first mode.
         threshold, lm_reading_weight (`float`), labels (`tuple[str, str]`): The model's.
+        asked (`str`): The task's question and verdicts.
         relation (`str`): What the reported rows are to the model: not seen, calibrated on, of another task.
         validation (`pandas.DataFrame`, *optional*): Answers for the validation rows, which thresholds are fitted on.
         validation_relation (`str`): What those are to the model.
-        others (`dict[str, pandas.DataFrame]`): Answers for data that it was not calibrated on.
+        others (`dict[str, pandas.DataFrame]`): Answers for other data, by their name and what they are to the model.
         compared (`dict[str, pandas.DataFrame]`): Other systems' predictions, indexed by id.
         targets (`list[Target]`): For the threshold sheet.
         alignment (`dict`): By mode and judge, what [`alignment.alignment_report`] gives.
-        unjudged (`str`): Why there is none.
+        unjudged (`dict[str, str]`): Judges that could not be made, and why.
         collapse (`dict`, *optional*): What [`collapse.perplexity_report`] gives.
         speed (`dict`, *optional*): What [`speed.speed_report`] gives.
         examples (`int`): Most examples of a kind.
@@ -42,6 +44,7 @@ class Evaluated:
     threshold: float
     labels: tuple[str, str]
     lm_reading_weight: float = 0.0
+    asked: str = ""
     relation: str = "not seen"
     validation: pd.DataFrame | None = None
     validation_relation: str = CALIBRATED_ON
@@ -49,7 +52,7 @@ class Evaluated:
     compared: dict[str, pd.DataFrame] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
     alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
-    unjudged: str = ""
+    unjudged: dict[str, str] = field(default_factory=dict)
     collapse: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
     examples: int = 3

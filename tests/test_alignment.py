@@ -237,8 +237,8 @@ def test_log_likelihoods_do_not_depend_on_the_batch(backbones, family):
 
 @pytest.fixture
 def api():
-    """An OpenAI-compatible server on loopback that answers by what the explanation says; fails each first call."""
-    requests = []
+    """An OpenAI-compatible server on loopback that replies by the explanation, or from `replies`; it fails first."""
+    requests, replies = [], []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -246,11 +246,12 @@ def api():
             requests.append(body)
             failed = len(requests) == 1
             text = body["messages"][1]["content"]
-            reply = "B." if "good" in text else "A" if "bad" in text else "I can't say"
+            usual = "B." if "good" in text else "A" if "bad" in text else "I can't say"
+            reply = replies[-1] if replies else usual
             message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
             answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [message]}
             payload = json.dumps(answer).encode()
-            self.send_response(500 if failed else 200)
+            self.send_response(404 if reply is None else 500 if failed else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(payload)))
             self.end_headers()
@@ -261,7 +262,7 @@ def api():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", requests
+    yield f"http://127.0.0.1:{server.server_port}/v1", requests, replies
     server.shutdown()
     server.server_close()
 
@@ -269,7 +270,7 @@ def api():
 class TestOpenAI:
     def test_answers(self, api, prompt, monkeypatch):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-        url, requests = api
+        url, requests, _ = api
         judge = OpenAIJudge("m", prompt, url, credentialed=True, workers=2)
         explanations = ["Verdict: supported.\nIt is bad.", "It is good.", None, "Who knows?"]
         assert judge.judge(explanations) == [0.0, 1.0, None, None]
@@ -283,6 +284,29 @@ class TestOpenAI:
         judge = make_judge(f"openai:m@{api[0]}", task)
         assert judge.fitness.accuracy == 1.0
         assert "secret" not in json.dumps(judge.describe())
+
+    @pytest.mark.parametrize(
+        ("reply", "answer"),
+        [
+            ("A", 0.0), ("(B)", 1.0), ("B. It fell.", 1.0), ("**A**", 0.0), ("A:\nno", 0.0), ("A\n\nIt rose.", 0.0),
+            ("X", None), ("A conclusion: B", None), ("A/B", None), ("", None), ("Better", None),
+        ],
+    )  # fmt: skip
+    def test_letter_of_a_reply(self, reply, answer, api, prompt):
+        url, _, replies = api
+        replies.append(reply)
+        assert OpenAIJudge("m", prompt, url).judge(["Who knows?"]) == [answer]
+
+    def test_no_key(self, prompt, monkeypatch):
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        with pytest.raises(ValueError, match=r"needs a key for https://api\.example\.com/v1: set OPENAI_API_KEY"):
+            OpenAIJudge("m", prompt, "https://api.example.com/v1")
+
+    def test_a_server_that_refuses(self, api, prompt):
+        url, _, replies = api
+        replies.append(None)
+        with pytest.raises(ValueError, match=r"judge openai:m gave no answer: .*404"):
+            OpenAIJudge("m", prompt, url).judge(["It is good."])
 
     def test_credentialed_explanations_stay_here(self, prompt):
         for url in ("https://api.openai.com/v1", "http://localhost.example.com/v1", "http://10.0.0.1/v1"):

@@ -70,6 +70,11 @@ def test_threshold_is_inclusive():
     assert classification_metrics([0, 1], [0.2, 0.5], threshold=0.5)["accuracy"] == 1.0
 
 
+def test_f1_without_a_positive_row_or_prediction_is_undefined():
+    assert math.isnan(classification_metrics([0, 0, 0], [0.1, 0.2, 0.3])["f1"])
+    assert classification_metrics([0, 0, 0], [0.1, 0.2, 0.7])["f1"] == 0.0
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_one_class_leaves_comparisons_undefined(label):
     metrics = classification_metrics([label] * 3, [0.2, 0.6, 0.7])

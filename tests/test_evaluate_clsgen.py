@@ -192,6 +192,13 @@ def test_answers_of_another_model_are_not_used(checkpoint, task, tmp_path):
         evaluate(str(tmp_path / "other"), task, output)
 
 
+def test_speed_is_kept_and_measured_anew_for_another_batch_size(checkpoint, task, tmp_path):
+    first, again, other = (
+        evaluate(checkpoint, task, tmp_path / "out", batch_size=size)["speed"] for size in (4, 4, 8)
+    )
+    assert first == again != other
+
+
 def test_speed_is_measured_of_what_is_asked_for(checkpoint, task, tmp_path):
     found = evaluate(checkpoint, task, tmp_path / "out", modes=["guided"])["speed"]
     assert (found["texts"], found["explanations"], found["device"]) == (12, 8, "cpu")
@@ -208,7 +215,7 @@ def test_also_on_other_data(checkpoint, model, task, tmp_path):
     splits = {"train": other_rows, "test": [{**row, "id": f"t{row['id']}"} for row in other_rows]}
     other = make_task(tmp_path / "other", splits, name="other", template="A note: {note}", document="note")
     metrics = evaluate(checkpoint, task, tmp_path / "out", also_on=[other])
-    found = metrics["calibration"]["other/test (another data set)"]
+    found = metrics["calibration"]["other/test (of another task than the model's)"]
     expected = [prediction.probability for prediction in model.classify([f"A note: Note {i}." for i in range(8)])]
     assert found["mean_probability"] == pytest.approx(sum(expected) / 8, abs=1e-4)
     assert found["ece"]["value"] is not None
@@ -250,7 +257,13 @@ def test_a_json_list_of_predictions_is_read(tmp_path):
     [
         ("id,p\n1,0.5\n", "missing column"),
         ("id,probability\n1,0.5\n1,0.6\n", "more than once"),
-        ("id,probability\n1,high\n", "no number"),
+        (
+            "id,probability\n1,high\n",
+            r"p.csv: `probability` is not a probability, in \[0, 1\], in 1 row\(s\), e.g. 'high'",
+        ),
+        ("id,probability\n1,0.5\n2,1.5\n", r"`probability` is not .* e.g. '1.5' \('2'\)"),
+        ("id,probability,predicted\n1,0.5,2\n", "`predicted` is not 0 or 1"),
+        ("id,probability,gold\n1,0.5,\n2,0.5,yes\n", r"`gold` is not 0 or 1 in 1 row\(s\), e.g. 'yes'"),
     ],
 )
 def test_predictions_that_can_not_be_compared(tmp_path, content, message):
@@ -269,11 +282,56 @@ def test_odd_data_gives_named_gaps_and_a_report(checkpoint, tmp_path):
     assert metrics["classification"]["auroc"]["value"] is None
     assert "label 1" in metrics["classification"]["auroc"]["reason"]
     assert all(entry["threshold"]["value"] is None for entry in metrics["thresholds"][2:])
-    assert metrics["alignment"]["undefined"]
+    assert set(metrics["alignment"]["undefined"]) == {"tfidf", "tfidf-no-verdict"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "undefined" in page
     assert ">nan<" not in page
     assert "1 rows without a label left out" in page
+
+
+def test_a_judge_with_nothing_to_learn_from_leaves_the_other(checkpoint, tmp_path):
+    said = [f"It did {'' if i % 2 else 'not '}fall by {i}." for i in range(12)]
+    splits = {name: make_rows(name) for name in ("train", "validation", "test")}
+    for rows in splits.values():
+        for row, text in zip(rows, said, strict=True):
+            row["explanation"] = text
+    task = make_task(tmp_path / "short", splits)
+    found = evaluate(checkpoint, task, tmp_path / "out", modes=["free"])["alignment"]
+    assert set(found["free"]) == {"tfidf"}
+    assert found["free"]["tfidf"]["judge"]["fitness"]["rows"] == 12
+    assert "got 0 for label 0 and 0 for label 1" in found["undefined"]["tfidf-no-verdict"]
+    assert "Alignment by tfidf-no-verdict is undefined" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(ValueError, match="five of each"):  # it was asked for by name
+        evaluate(checkpoint, task, tmp_path / "out", modes=["free"], judges=["tfidf-no-verdict"])
+
+
+def test_a_mistyped_judge_costs_no_generation(checkpoint, task, tmp_path):
+    with pytest.raises(ValueError, match="There is no judge 'tfdif'"):
+        evaluate(checkpoint, task, tmp_path / "out", modes=["guided"], judges=["tfdif"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="`judges` is empty"):
+        evaluate(checkpoint, task, tmp_path / "out", modes=["guided"], judges=[])
+
+
+def test_labels_the_other_way_round(checkpoint, task, tmp_path):
+    splits = {split: make_rows(split) for split in ("train", "test")}
+    turned = make_task(tmp_path / "turned", splits, labels=["supported", "not_supported"])
+    with pytest.raises(ValueError, match="the other way round"):
+        evaluate(checkpoint, turned, tmp_path / "out")
+    with pytest.raises(ValueError, match="the other way round"):
+        evaluate(checkpoint, task, tmp_path / "out", also_on=[turned])
+    renamed = make_task(tmp_path / "renamed", splits, labels=["no", "yes"])
+    found = evaluate(checkpoint, renamed, tmp_path / "out")
+    assert found["labels"] == {"model": ["not_supported", "supported"], "task": ["no", "yes"]}
+    assert "labels are" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_threshold_sheet_says_what_its_rows_are(checkpoint, split, task, tmp_path):
+    evaluate(checkpoint, task, tmp_path / "out", split=split)
+    told = (tmp_path / "out" / "report.md").read_text()
+    assert ("which had no part in it" in told) == (split == "test")
+    assert ("where the stored threshold was chosen" in told) == (split != "test")
 
 
 def test_limit_keeps_both_classes_of_a_sorted_file(checkpoint, tmp_path):

@@ -36,6 +36,7 @@ class TestSentences:
             ("  \n ", []),
             ("No full stop", ["No full stop"]),
             ("It fell by 14.3% vs. placebo. Good!", ["It fell by 14.3% vs. placebo.", "Good!"]),
+            ("It fell vs.  placebo. mRNA rose.  iPTH fell.", ["It fell vs.  placebo.", "mRNA rose.", "iPTH fell."]),
             ("P=0.05. (n=3) of 9. So what?", ["P=0.05.", "(n=3) of 9.", "So what?"]),
             ('He said "yes." Then he left.', ['He said "yes.', "Then he left."]),
         ],
@@ -77,6 +78,12 @@ class TestMeasures:
         assert foreign_numbers("12 of 30 (40.0%), 7%", "Twelve of 30 died, 40%") == pytest.approx(1 / 4)
         assert foreign_numbers("1204 people", "1,204 people") == 0.0
         assert math.isnan(foreign_numbers("no number", "1"))
+
+    def test_numbers_of_the_question_are_not_invented(self):
+        told = ["Age 80: dies within 30 days."]
+        for question, share in (("", 0.5), ("Does the patient die within 30 days?", 0.0)):
+            found = language_report(told, ["Age 80."], similarity=False, question=question)
+            assert found["numbers_not_in_text"] == share
 
     def test_flesch_formula(self):
         # 3 sentences, 9 words, 9 syllables: 206.835 - 1.015 * 3 - 84.6 * 1; 0.39 * 3 + 11.8 * 1 - 15.59.
@@ -153,6 +160,14 @@ class TestCollapse:
         expected = math.exp(negative_log_likelihood / 4)
         assert perplexity(model, prompts, continuations) == pytest.approx(expected, rel=1e-5)
         assert math.isnan(perplexity(model, [], []))
+
+    def test_of_a_model_that_diverged(self, backbones, task_rows):
+        task = Task("my_own", PROMPT, ("no", "yes"), {"validation": task_rows})
+        model, backbone = (AutoModelForCausalLM.from_pretrained(backbones["llama"]) for _ in range(2))
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 1e6)
+        found = perplexity_report(model, backbone, task, guided=True)
+        assert found["general"]["perplexity"] == math.inf
+        assert "no finite perplexity: the model's is inf" in found["undefined"]["general"]
 
     def test_report(self, backbones, tokenizer, task_rows):
         task = Task("my_own", PROMPT, ("no", "yes"), {"validation": task_rows})

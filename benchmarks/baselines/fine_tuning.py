@@ -28,6 +28,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -79,6 +80,7 @@ class _FineTuned(Baseline):
     name: ClassVar[str]
 
     def fit(self) -> dict[str, Any]:
+        set_seed(self.seed)  # adapters and heads are drawn before a trainer would do it
         self._encoder = self.encoder()
         model, folder = self.base_model(), self.fitted_folder()
         record = folder / "fitted.json"

@@ -1,8 +1,8 @@
 """What all baselines share: a task's rows in, a result file out that is made as CLSGen's own is.
 
-Each is fitted on the training split; what a system searches over (its `chosen` says what was found) is decided by the
-validation split, on which temperature, bias and threshold are then fitted as `train_sft_cls.py` does. The test split
-is scored once, at the end.
+Each is fitted on the training split; what a system searches over (its `chosen` says what was found) is decided by
+cross-validation there or by the validation split, on which temperature, bias and threshold are then fitted as
+`train_sft_cls.py` does. The test split is scored once, at the end.
 """
 
 import logging
@@ -22,7 +22,7 @@ from clsgen.calibration import calibrated_probabilities, choose_threshold, fit_t
 from clsgen.classification_metrics import classification_metrics
 from clsgen.evaluation.alignment import alignment_report
 from clsgen.evaluation.collapse import perplexity_report
-from clsgen.evaluation.judges import DEFAULT_JUDGES, make_judge
+from clsgen.evaluation.judges import default_judges
 from clsgen.evaluation.language import language_report
 from clsgen.scoring import prediction_records
 from clsgen.tasks import Task
@@ -139,7 +139,9 @@ def describe_words(
     explained = baseline.explain(rows, predicted.tolist())
     if explained:
         found["explain_seconds"] = round(time.perf_counter() - start, 2)
-    judges = [make_judge(spec, task) for spec in DEFAULT_JUDGES] if explained else []
+    judges, unjudged = default_judges(task) if explained else ([], {})
+    if unjudged:
+        found["alignment"]["undefined"] = unjudged
     for mode, explanations in explained.items():
         columns = {"probability": probabilities, "predicted": predicted, "explanation": explanations}
         table = pd.DataFrame({**columns, "gold": labels_of(rows)})
