@@ -15,7 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.baselines.__main__ import SYSTEMS
 from clsgen.atomic_io import write_text
+from clsgen.evaluation.judges import MIN_ACCURACY
 from clsgen.evaluation.predictions import read_predictions
 from clsgen.evaluation.resampling import perfectly_calibrated_errors
 from clsgen.table_files import read_rows, write_rows
@@ -29,14 +31,15 @@ CHANCE_DRAWS = 2000
 JUDGE = "tfidf"
 JUDGE_OF_THE_REST = "tfidf-no-verdict"  # does not see the last sentence, where the verdict stands
 MODES = ("free", "guided")
+MUST_BE_BEATEN = "tfidf"  # where it is enough to be as good as the others
 PER_MODE = ("auroc_alignment_mean", "kappa_mean", "rep4")
-OF_WORDS = (*PER_MODE, "perplexity_general_ratio")
 COLUMNS = (
     "task", "system", "mode", "seeds", "auroc_mean", "auroc_std", "average_precision_mean", "f1_mean", "brier_mean",
-    "ece_mean", "ece_by_chance", "auroc_alignment_mean", "kappa_mean", "contradiction_rate",
-    "auroc_alignment_no_verdict", "flesch_reading_ease", "rep4", "perplexity_general_ratio", "train_seconds",
-    "texts_per_second",
+    "ece_mean", "auroc_alignment_mean", "kappa_mean", "contradiction_rate", "flesch_reading_ease", "rep4",
+    "perplexity_general_ratio", "train_seconds", "texts_per_second", "ece_by_chance", "auroc_alignment_no_verdict",
+    "judged_share", "judge_accuracy",
 )  # fmt: skip
+SAME_AUROC = 0.005  # an evaluation scores in other batches than the run that it belongs to
 SCORES = ("auroc", "average_precision", "f1", "brier", "ece")
 # What each number of a CLSGen row must be, by mode ("" for each): a column, "at least" or "at most", and a limit.
 TARGETS = (
@@ -69,9 +72,27 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     for place in seeds or [folder]:
         run = read_json(place / "metrics.json")
         if "test" in run:
-            evaluation = read_json(place / "evaluation" / "metrics.json")
+            evaluation = read_evaluation(place, run)
             runs.append({**run, "evaluation": evaluation, "ece_by_chance": ece_by_chance(place)})
     return runs
+
+
+def read_evaluation(place: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate_clsgen.py` said of a run's checkpoint, or an empty object.
+
+    Raises:
+        ValueError: It is not of the whole test split, or of another checkpoint.
+    """
+    file = place / "evaluation" / "metrics.json"
+    evaluation = read_json(file)
+    if not evaluation:
+        return {}
+    if evaluation["split"] != "test" or evaluation["arguments"]["limit"] is not None:
+        raise ValueError(f"{file} is not of the whole test split: the table has no place for it.")
+    aurocs = run["test"]["auroc"], evaluation["classification"]["auroc"]["value"]
+    if None not in aurocs and abs(aurocs[0] - aurocs[1]) > SAME_AUROC:
+        raise ValueError(f"{file} is of another checkpoint: its AUROC is {aurocs[1]:.4f}, the run's {aurocs[0]:.4f}.")
+    return evaluation
 
 
 def ece_by_chance(place: Path) -> float | None:
@@ -150,10 +171,13 @@ def words_of(runs: list[dict[str, Any]], mode: str) -> Row:
         "kappa_mean": ("alignment", mode, JUDGE, "kappa"),
         "contradiction_rate": ("alignment", mode, JUDGE, "contradiction_rate"),
         "auroc_alignment_no_verdict": ("alignment", mode, JUDGE_OF_THE_REST, "auroc_alignment"),
+        "judge_accuracy": ("alignment", mode, JUDGE, "judge", "fitness", "accuracy"),
         "flesch_reading_ease": ("language", mode, "flesch_reading_ease"),
         "rep4": ("language", mode, "rep4"),
     }
-    return {column: mean(find(run, *keys) for run in runs) for column, keys in places.items()}
+    row = {column: mean(find(run, *keys) for run in runs) for column, keys in places.items()}
+    judged, rows = (mean(find(run, "alignment", mode, JUDGE, key) for run in runs) for key in ("judged", "rows"))
+    return {**row, "judged_share": judged / rows if rows else None}
 
 
 def shortfalls(rows: list[Row], tried: Iterable[dict[str, str]] = ()) -> list[str]:
@@ -167,7 +191,7 @@ def shortfalls(rows: list[Row], tried: Iterable[dict[str, str]] = ()) -> list[st
     found = []
     for task, system in dict.fromkeys((row["task"], row["system"]) for row in rows if is_clsgen(row)):
         ours = [row for row in rows if (row["task"], row["system"]) == (task, system)]
-        for target, sentence in (*_missed_targets(ours), *_stronger_rivals(ours[0], rows)):
+        for target, sentence in (*_missed_targets(ours), *_stronger_rivals(ours[0], rows), *_unfit_judges(ours)):
             found.append(f"{task}, {system}: {sentence}{attempts.get((task, target), '')}")
     return found
 
@@ -177,7 +201,7 @@ def _missed_targets(ours: list[Row]) -> Iterator[tuple[str, str]]:
     if wordless:
         yield "explanations", "its training rows have no explanations, so it learned no words to be judged."
     for mode, column, side, limit in TARGETS:
-        if wordless and column in OF_WORDS:
+        if wordless and column in PER_MODE:
             continue
         values = {row["mode"]: row[column] for row in ours if mode in ("", row["mode"])} or {mode: None}
         told = set()
@@ -195,14 +219,23 @@ def _missed_targets(ours: list[Row]) -> Iterator[tuple[str, str]]:
 
 
 def _stronger_rivals(ours: Row, rows: list[Row]) -> Iterator[tuple[str, str]]:
-    aurocs = {
-        row["system"]: row["auroc_mean"]
-        for row in rows
-        if row["task"] == ours["task"] and not row["system"].startswith(("clsgen", "ablation"))
-    }
-    for rival, auroc in aurocs.items():
-        if None not in (auroc, ours["auroc_mean"]) and auroc > ours["auroc_mean"]:
-            yield "auroc_mean", f"AUROC {ours['auroc_mean']:.3f} is below the {auroc:.3f} of {rival}."
+    aurocs = {row["system"]: row["auroc_mean"] for row in rows if row["task"] == ours["task"]}
+    for rival in SYSTEMS:
+        auroc = aurocs.get(rival)
+        if None in (auroc, ours["auroc_mean"]):
+            continue
+        if auroc > ours["auroc_mean"] or (rival == MUST_BE_BEATEN and auroc == ours["auroc_mean"]):
+            below = "below" if auroc > ours["auroc_mean"] else "no better than"
+            yield "auroc_mean", f"AUROC {ours['auroc_mean']:.3f} is {below} the {auroc:.3f} of {rival}."
+    missing = [rival for rival in SYSTEMS if aurocs.get(rival) is None]
+    if missing:
+        yield "baselines", f"not compared with {', '.join(missing)}, which have not been measured here."
+
+
+def _unfit_judges(ours: list[Row]) -> Iterator[tuple[str, str]]:
+    accuracy = next((row["judge_accuracy"] for row in ours if row["judge_accuracy"] is not None), None)
+    if accuracy is not None and accuracy < MIN_ACCURACY:
+        yield "judge", f"the judge {JUDGE} is unfit (its accuracy is {accuracy:.3f}): alignment by it means little."
 
 
 def cell(value: Any, digits: int = 3) -> str:
@@ -217,14 +250,16 @@ def markdown(rows: list[Row]) -> str:
         "# Side by side",
         "",
         "Made by `python -m benchmarks.table` from the result files in this folder; each holds the command that makes "
-        "it again, and its commit: an ablation changes the recipe of then (`ablation-former-recipe`: before the "
-        "LM learned the head's verdicts, and before head and LM were clipped apart). Test splits; mean over seeds "
-        "(`auroc_std`: sample standard deviation). An empty cell has not been measured, or is undefined. "
-        "`ece_by_chance` is the mean calibration error that a perfectly calibrated model with these probabilities "
-        "shows on so few rows (Bröcker and Smith, 2007). Alignment is by the judge "
-        f"`{JUDGE}`; `auroc_alignment_no_verdict` is by one that does not see the last sentence, where the verdict "
-        "stands. `train_seconds` and `texts_per_second` are wall time on one or two CPU cores, often beside other "
-        "work: orders of magnitude. For `clsgen-*` and ablations, `train_seconds` takes in scoring the test split.",
+        "it again, its commit, and for a baseline what it searched over (`settings`, `chosen`). An ablation changes "
+        "the recipe of then (`ablation-former-recipe`: before the LM learned the head's verdicts, and before head and "
+        "LM were clipped apart). Test splits; mean over seeds (`auroc_std`: sample standard deviation). An empty cell "
+        "has not been measured, or is undefined. `ece_by_chance` is the mean calibration error that a perfectly "
+        "calibrated model with these probabilities shows on so few rows (Bröcker and Smith, 2007). Alignment is by "
+        f"the judge `{JUDGE}`, over the `judged_share` of the rows that have words for it; `judge_accuracy` is its "
+        "own, on the teacher's validation explanations. `auroc_alignment_no_verdict` is by one that does not see "
+        "the last sentence, where the verdict stands. `train_seconds` and `texts_per_second` are wall time on one or "
+        "two CPU cores, often beside other work: orders of magnitude. For `clsgen-*` and ablations, `train_seconds` "
+        "takes in scoring the test split.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

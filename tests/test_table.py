@@ -8,6 +8,10 @@ import pytest
 from benchmarks.table import COLUMNS, markdown, shortfalls, table_rows, write_tables
 from clsgen.atomic_io import write_json
 
+UNMEASURED = (
+    "not compared with zero-shot-logprob, zero-shot-verbalised, few-shot, sft-only, classification-only, two-models, "
+    "which have not been measured here."
+)
 SCORES = {"average_precision": 0.8, "f1": 0.7, "brier": 0.2, "ece": 0.05}
 
 
@@ -17,8 +21,14 @@ def run(auroc, **others):
 
 @pytest.fixture
 def results(tmp_path):
-    words = {"auroc_alignment": 0.9, "kappa": 0.8, "contradiction_rate": 0.1}
+    judge = {"fitness": {"accuracy": 0.96}}
+    words = {
+        "judge": judge, "judged": 9, "rows": 10, "auroc_alignment": 0.9, "kappa": 0.8, "contradiction_rate": 0.1,
+    }  # fmt: skip
     evaluation = {
+        "split": "test",
+        "arguments": {"limit": None},
+        "classification": {"auroc": {"value": 0.851}},
         "alignment": {
             "free": {"tfidf": words, "tfidf-no-verdict": {**words, "auroc_alignment": 0.6}},
             "guided": {"tfidf": {**words, "kappa": None}},
@@ -53,6 +63,35 @@ def test_rows(results):
     assert (guided["kappa_mean"], guided["flesch_reading_ease"], guided["rep4"]) == (None, None, 0.03)
     assert (free["auroc_alignment_mean"], free["auroc_alignment_no_verdict"]) == (0.9, 0.6)
     assert (free["train_seconds"], free["texts_per_second"]) == (7.0, 3.0)
+    assert (free["judged_share"], free["judge_accuracy"], tfidf["judged_share"]) == (0.9, 0.96, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "validation"}, "not of the whole test split"),
+        ({"arguments": {"limit": 40}}, "not of the whole test split"),
+        (
+            {"classification": {"auroc": {"value": 0.9}}},
+            r"another checkpoint: its AUROC is 0\.9000, the run's 0\.8500",
+        ),
+    ],
+)
+def test_an_evaluation_of_something_else_is_refused(results, change, message):
+    file = results / "my/small/evaluation/metrics.json"
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **change})
+    with pytest.raises(ValueError, match=message):
+        table_rows(results, ["my"])
+
+
+def test_an_unfit_judge_is_told(results):
+    file = results / "my/small/evaluation/metrics.json"
+    evaluation = json.loads(file.read_text(encoding="utf-8"))
+    evaluation["alignment"]["guided"]["tfidf"]["judge"]["fitness"]["accuracy"] = 0.6
+    evaluation["alignment"]["free"]["tfidf"]["judge"]["fitness"]["accuracy"] = 0.6
+    write_json(file, evaluation)
+    sentence = "my, clsgen-small: the judge tfidf is unfit (its accuracy is 0.600): alignment by it means little."
+    assert sentence in shortfalls(table_rows(results, ["my"]))
 
 
 def test_a_seed_without_a_number_leaves_the_mean_empty(results):
@@ -78,9 +117,20 @@ def test_shortfalls_are_said(results):
         "my, clsgen-small: auroc_alignment_mean (guided) is 0.900; its target is at least 0.98.",
         "my, clsgen-small: no kappa_mean (guided) yet; its target is at least 0.9.",
         "my, clsgen-small: rep4 (guided) is 0.030; its target is at most 0.02.",
-        "my, clsgen-small: AUROC 0.850 is below the 0.860 of encoder-probe.",
         "my, clsgen-small: AUROC 0.850 is below the 0.900 of tfidf.",
+        "my, clsgen-small: AUROC 0.850 is below the 0.860 of encoder-probe.",
+        f"my, clsgen-small: {UNMEASURED}",
     ]
+
+
+def test_tfidf_has_to_be_beaten(results):
+    write_json(results / "my/small/metrics.json", run(0.86))
+    evaluation = json.loads((results / "my/small/evaluation/metrics.json").read_text(encoding="utf-8"))
+    evaluation["classification"]["auroc"]["value"] = 0.86
+    write_json(results / "my/small/evaluation/metrics.json", evaluation)
+    write_json(results / "my/tfidf/seed-0/metrics.json", run(0.86, system="tfidf"))
+    told = [sentence for sentence in shortfalls(table_rows(results, ["my"])) if "AUROC" in sentence]
+    assert told == ["my, clsgen-small: AUROC 0.860 is no better than the 0.860 of tfidf."]
 
 
 def test_shortfalls_tell_what_was_tried(results):
@@ -98,7 +148,9 @@ def test_a_task_without_explanations_has_no_words_to_judge(results):
     write_json(results / "my/small/metrics.json", run(0.95, train_rows={"explained": 0}))
     (results / "my/small/evaluation/metrics.json").unlink()
     assert shortfalls(table_rows(results, ["my"])) == [
-        "my, clsgen-small: its training rows have no explanations, so it learned no words to be judged."
+        "my, clsgen-small: its training rows have no explanations, so it learned no words to be judged.",
+        "my, clsgen-small: no perplexity_general_ratio yet; its target is at most 1.1.",
+        f"my, clsgen-small: {UNMEASURED}",
     ]
 
 
