@@ -241,7 +241,8 @@ class ClsGenInferenceMixin:
             max_batch_tokens (`int`, *optional*, defaults to 16384): Most prompt tokens of a batch, padding included.
             mode (`"guided"` or `"free"`, *optional*): `"guided"` starts the explanation from the verdict line of its
                 decision, `"free"` gives the LM no hint: it writes a line of its own (with the config's
-                `explanation_guidance_scale`, the likelier of the two). Defaults to the config's `explanation_mode`.
+                `explanation_guidance_scale`, that which `lm_probability` decides for at the threshold). Defaults to
+                the config's `explanation_mode`.
             generate_kwargs: For `generate`, over the stored generation config; e.g. `max_new_tokens`, `do_sample`.
 
         Returns:
@@ -337,7 +338,7 @@ class ClsGenInferenceMixin:
             return [prediction.label_id for prediction in predictions]
         if self.config.explanation_guidance_scale == 1:
             return None
-        return [int(prediction.lm_probability >= 0.5) for prediction in predictions]
+        return [int(prediction.lm_probability >= prediction.threshold) for prediction in predictions]
 
     def stream(
         self,

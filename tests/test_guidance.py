@@ -29,11 +29,12 @@ def test_guidance_extrapolates_from_the_other_verdict_to_this_one(any_model, tex
     assert [p.lm_probability for p in guided] == pytest.approx([p.lm_probability for p in plain], abs=1e-5)
     for label in (0, 1):
         assert any_model.explain(texts[1], label, max_new_tokens=8).explanation == expected(texts[1], label)
-    free = any_model.classify_and_explain(texts, mode="free", max_new_tokens=8)
-    for text, prediction in zip(texts, free, strict=True):
-        own = int(prediction.lm_probability >= 0.5)
-        assert prediction.explanation == expected(text, own)
-        assert prediction.explained_label == any_model.config.label_names[own]
+    for any_model.config.threshold in (0.01, 0.99, 0.5):
+        free = any_model.classify_and_explain(texts, mode="free", max_new_tokens=8)
+        for text, prediction in zip(texts, free, strict=True):
+            own = int(prediction.lm_probability >= any_model.config.threshold)
+            assert prediction.explanation == expected(text, own)
+            assert prediction.explained_label == any_model.config.label_names[own]
     for mode, predictions in (("guided", guided), ("free", free)):
         first, *_, last = any_model.stream(texts[0], mode=mode, max_new_tokens=8)
         assert last.explanation == predictions[0].explanation
