@@ -152,8 +152,9 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     task = load_task(arguments.task, arguments.data_dir)
     others = [each.partition("=") for each in arguments.also_on]
     other_tasks = [load_task(name, source or None) for name, _, source in others]
-    judges, unjudged = _judges(task, arguments)  # before hours of generation, which a mistyped one would waste
     output_dir = Path(arguments.output_dir or Path("outputs") / task.name / "evaluation")
+    # Before hours of generation, which a mistyped one would waste.
+    judges, unjudged = _judges(task, arguments, output_dir / "answers")
     output_dir.mkdir(parents=True, exist_ok=True)
     about = {"revision": arguments.revision, "trust_remote_code": True}
     model = AutoModel.from_pretrained(arguments.model, device_map="auto", **about)
@@ -239,13 +240,13 @@ def _relation(model: Any, task: Task, split: str) -> str:
     return {"train": TRAINED_ON, "validation": CALIBRATED_ON, "test": "not seen"}[split]
 
 
-def _judges(task: Task, arguments: EvaluationArguments) -> tuple[list[Judge], dict[str, str]]:
+def _judges(task: Task, arguments: EvaluationArguments, folder: Path) -> tuple[list[Judge], dict[str, str]]:
     """The judges that were asked for; the default ones may lack explanations to learn from, for a reason by name."""
     if arguments.modes == ["none"]:
         return [], {}
     if arguments.judges == list(DEFAULT_JUDGES):
         return default_judges(task)
-    return [make_judge(spec, task) for spec in arguments.judges], {}
+    return [make_judge(spec, task, folder) for spec in arguments.judges], {}
 
 
 def _judge(evaluated: Evaluated, judges: list[Judge]) -> None:

@@ -297,6 +297,21 @@ class TestOpenAI:
         replies.append(reply)
         assert OpenAIJudge("m", prompt, url).judge(["Who knows?"]) == [answer]
 
+    def test_no_answer_is_paid_for_twice(self, api, prompt, tmp_path):
+        url, requests, replies = api
+        judge = OpenAIJudge("m", prompt, url, workers=1, folder=tmp_path)
+        assert judge.judge(["It is good.", "It is bad.", "It is good."]) == [1.0, 0.0, 1.0]
+        replies.append(None)
+        with pytest.raises(ValueError, match="gave no answer"):
+            judge.judge(["It is good.", "Who knows?"])
+        replies.clear()
+        asked = len(requests)
+        again = OpenAIJudge("m", prompt, url, folder=tmp_path)
+        assert again.judge(["It is bad.", "Who knows?", "It is good."]) == [0.0, None, 1.0]
+        assert len(requests) == asked + 1
+        OpenAIJudge("another", prompt, url, folder=tmp_path).judge(["It is bad."])
+        assert len(requests) == asked + 2
+
     def test_no_key(self, prompt, monkeypatch):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         with pytest.raises(ValueError, match=r"needs a key for https://api\.example\.com/v1: set OPENAI_API_KEY"):
