@@ -9,6 +9,7 @@ python build_explanations.py --task clinifact --data_dir CliniFact --answers dat
 import asyncio
 import json
 import logging
+import re
 import shlex
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from clsgen.explanations.protocols import BLIND, Asker
 from clsgen.explanations.recorded import read_recorded
 from clsgen.explanations.task_folder import DROP, EXPLAIN, HEAD, REPORT, write_task
 from clsgen.explanations.teacher import TeacherArguments, TeacherError
+from clsgen.run_record import without_tokens
 from clsgen.table_files import write_rows
 from clsgen.tasks import Task, load_task
 
@@ -121,18 +123,19 @@ def rows_to_ask(task: Task, arguments: BuildArguments) -> list[dict[str, Any]]:
     unknown = sorted(set(arguments.splits) - set(task.splits))
     if "train" in unknown or (unknown and unknown != ["validation"]):
         raise ValueError(f"{task.name} has no split(s) {unknown}, only {list(task.splits)}.")
-    rows, explained = [], 0
+    rows = []
     for split in task.splits:
         for row in task.splits[split] if split in arguments.splits else ():
-            explained += row["explanation"] is not None
             if row["label"] is not None and not (arguments.keep_source_explanations and row["explanation"]):
                 rows.append(row)
-    if explained and not arguments.keep_source_explanations:
+    rows = rows[: arguments.limit]
+    explained = sum(row["explanation"] is not None for row in rows)
+    if explained:
         logger.warning(
             "%d rows have an explanation already: the teacher's takes its place (--keep_source_explanations true "
             "leaves them).", explained,
         )  # fmt: skip
-    return rows[: arguments.limit]
+    return rows
 
 
 def teacher_answers(
@@ -257,6 +260,12 @@ def told(ledger: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def told_command(argv: list[str]) -> str:
+    """The command line for the record, without the endpoint, whose address may hold a password, and without tokens."""
+    command = shlex.join(["python", "build_explanations.py", *argv])
+    return without_tokens(re.sub(r"(--base[_-]url)(=|\s+)('[^']*'|\S+)", r"\1\2...", command))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see the module's docstring. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -266,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parser = HfArgumentParser((BuildArguments, TeacherArguments, FilterArguments))
         arguments, teacher, filters = parser.parse_args_into_dataclasses(argv)
-        report = build(arguments, teacher, filters, shlex.join(["python", "build_explanations.py", *argv]))
+        report = build(arguments, teacher, filters, told_command(argv))
     except KeyboardInterrupt:
         logger.error("Interrupted. The same command goes on from here.")
         return 130

@@ -10,7 +10,7 @@ rows from there in its validation split.
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from clsgen.atomic_io import write_json
 from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
+from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.run_record import describe_run
 from clsgen.scoring import SCORED, CalibrationArguments, check_validation_split, classified, measure, table
 from clsgen.tasks import Task, load_task
@@ -94,6 +95,13 @@ def _check(task: Task, former: dict[str, Any], model: ClsGenForCausalLMAndClassi
         raise ValueError(
             f"The checkpoint's labels 0 and 1 are {model.config.label_names}, those of {task.name!r} {task.labels}: "
             "name them alike in its task.yaml, if they mean the same in the same order."
+        )
+    asked, answered = TaskPrompt.from_dict(task.prompt), model.encoder.prompt
+    differ = [each.name for each in fields(asked) if getattr(asked, each.name) != getattr(answered, each.name)]
+    if differ:
+        raise ValueError(
+            f"The checkpoint was trained with another {', '.join(differ)} than {task.name!r} has now: its answers are "
+            "to that question. Take the task.yaml that it was trained with, or train anew."
         )
     if "validation" not in task.splits:
         raise ValueError(f"The task {task.name!r} has no validation split: there is nothing to calibrate on.")

@@ -85,6 +85,10 @@ class ClsGenSFTConfig(SFTConfig):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         if self.lm_weight == self.cls_weight == 0:
             raise ValueError("`lm_weight` and `cls_weight` are both 0: there is nothing to train.")
+        # A recipe is not held to the `choices` of flags.
+        for name, choices in (("explanation_mode", ("guided", "free")), ("padding_side", ("left", "right"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be {' or '.join(choices)}, got {getattr(self, name)!r}.")
         if self.verdict_weight and self.explanation_mode == "free":
             raise ValueError(
                 "`verdict_weight` needs `explanation_mode='guided'`: free explanations have no verdict line."
@@ -97,7 +101,7 @@ class ClsGenSFTConfig(SFTConfig):
         if self.pos_weight not in ("none", "balanced"):
             try:
                 positive = 0 < float(self.pos_weight) < float("inf")
-            except ValueError:
+            except (TypeError, ValueError):
                 positive = False
             if not positive:
                 raise ValueError(

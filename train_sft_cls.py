@@ -32,6 +32,7 @@ from clsgen.publishing.examples import write_examples
 from clsgen.publishing.footprint import available_cores, estimate_footprint
 from clsgen.publishing.hub import identity
 from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
+from clsgen.resuming import NEWEST, claim_folder, last_complete_checkpoint, resumption, run_of
 from clsgen.run_record import describe_run, peak_memory_mib, without_tokens
 from clsgen.scoring import CalibrationArguments, check_validation_split, classified, measure, table
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
@@ -41,7 +42,6 @@ from clsgen.trainer_clsgen import (
     ClsGenSFTTrainer,
     encode_split,
     frozen_layers_dir,
-    last_complete_checkpoint,
     resolve_pos_weight,
 )
 from clsgen.warm_start import Probe, warm_start
@@ -108,13 +108,14 @@ class ModelArguments(ModelConfig):
     lora_first_layer: int = field(default=0, metadata={"help": "Layers below this one stay frozen."})
 
 
-def parse_reads(reads: list[str] | None) -> list[tuple[int, str]] | None:
-    """`["14:mean", "18:decision"]` to `[(14, "mean"), (18, "decision")]`, and `["auto"]` to `None`.
+def parse_reads(reads: list[str] | str | None) -> list[tuple[int, str]] | None:
+    """`["14:mean", "18:decision"]` to `[(14, "mean"), (18, "decision")]`, and `["auto"]` or `"auto"` to `None`.
 
     Raises:
         ValueError: for another form.
     """
     parsed = []
+    reads = reads.split() if isinstance(reads, str) else reads  # as a recipe may have it
     for read in [] if reads in (None, ["auto"]) else reads:
         layer, _, pooling = str(read).partition(":")
         if not layer.lstrip("-").isdigit() or pooling not in ("decision", "mean"):
@@ -261,7 +262,7 @@ def train(
         logger.info("No epochs asked for: the linear probe is the head, and the backbone stays as it is.")
         return trainer, probe
     resume = training.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
+    if resume == NEWEST:
         resume = last_complete_checkpoint(training.output_dir)
         logger.info("Resuming from %s", resume or "the start: there is no complete checkpoint yet")
     trainer.train(resume_from_checkpoint=resume)
@@ -369,6 +370,10 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
     check_validation_split(task)
     output_dir = prepare_output_dir(training, task)
+    training.resume_from_checkpoint = resumption(training.resume_from_checkpoint)
+    with training.main_process_first(local=False, desc="looking for checkpoints"):
+        of = run_of(task, arguments, training, model_arguments)
+        claim_folder(output_dir, of, resume=training.resume_from_checkpoint is not None)
     report = {
         "task": task.name,
         "credentialed": task.credentialed,

@@ -37,7 +37,6 @@ from clsgen.training_rows import (
 
 LOSSES = {"lm_loss": "lm_weight", "cls_loss": "cls_weight", "verdict_loss": "verdict_weight"}
 EVALUATION_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
-CHECKPOINT_COMPLETE = "trainer_state.json"  # the last file that `Trainer` writes into a checkpoint
 
 
 def resolve_pos_weight(pos_weight: str, rows: Dataset, cls_bias: bool) -> float:
@@ -248,7 +247,11 @@ class ClsGenSFTTrainer(SFTTrainer):
         of_head = [parameter for name, parameter in model.named_parameters() if "cls_head" in name]
         known = {id(parameter) for parameter in of_head}
         others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-        norms = [self.accelerator.clip_grad_norm_(group, self.args.max_grad_norm) for group in (of_head, others)]
+        clip = self.accelerator.clip_grad_norm_
+        if self.accelerator.scaler is not None:  # fp16: gradients may be unscaled but once a step
+            self.accelerator.unscale_gradients()
+            clip = torch.nn.utils.clip_grad_norm_
+        norms = [clip(group, self.args.max_grad_norm) for group in (of_head, others)]
         return torch.linalg.vector_norm(torch.stack([_whole(norm) for norm in norms]))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
@@ -380,12 +383,6 @@ class ClsGenSFTTrainer(SFTTrainer):
 def frozen_layers_dir(args: ClsGenSFTConfig) -> Path:
     """Where `cache_frozen_layers` keeps its files."""
     return Path(args.output_dir) / "frozen_layers"
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint below `output_dir` that was written to its end, if any."""
-    complete = [folder.parent for folder in Path(output_dir).glob(f"checkpoint-*/{CHECKPOINT_COMPLETE}")]
-    return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))) if complete else None
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,8 @@ def encode_rows(
         `length`; with `teach_verdicts` also `verdicts` (true at decision tokens that the verdict loss starts from).
 
     Raises:
-        ValueError: for a row with a text that cannot be encoded, or with nothing to train on.
+        ValueError: for columns that are missing; for a row with a text that cannot be encoded, a label that is none,
+            or nothing to train on.
     """
     lines = [encoder.encode_verdict(label) for label in (0, 1)]
     shared = alike(lines)
@@ -68,9 +69,17 @@ def encode_rows(
             f"{shared + 1} tokens: raise it."
         )
 
+    missing = {*encoder.prompt.fields, "label"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(f"Rows of {name} need the column(s) {sorted(missing)}; found {dataset.column_names}.")
+
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         label, explanation = row["label"], row.get("explanation")
         place = f"Row {row.get('id', index)!r} of {name}"
+        if label is not None and not (isinstance(label, int | float) and 0 <= label <= 1):
+            raise ValueError(
+                f"{place}: `label` must be a number from 0 to 1, or null where there is none; got {label!r}."
+            )
         if label is None and not explanation and not teach_verdicts:
             raise ValueError(f"{place} has neither a label nor an explanation: there is nothing to train on.")
         try:

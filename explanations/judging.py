@@ -67,7 +67,8 @@ def judge_task(
         task (`Task`): The rows.
         collected (`dict[str, Collected]`): What the teacher said, by the row's id.
         arguments (`FilterArguments`): The filters.
-        keep_source (`bool`, *optional*, defaults to `False`): Leave explanations that the source has as they are.
+        keep_source (`bool`, *optional*, defaults to `False`): Leave explanations that the source has as they are;
+            those of rows that the teacher was not asked about stay in any case.
     """
     judged = [
         _judge_row(task, split, row, collected.get(row["id"]), arguments, keep_source)
@@ -85,7 +86,7 @@ def judge_task(
 def _judge_row(
     task: Task, split: str, row: dict[str, Any], found: Collected | None, arguments: FilterArguments, keep_source: bool
 ) -> Judged:
-    if row["explanation"] is not None and (keep_source or row["label"] is None):
+    if row["explanation"] is not None and (keep_source or row["label"] is None or found is None):
         return Judged(split, row, SOURCE, row["explanation"])
     if row["label"] is None:
         return Judged(split, row, findings=[Finding(UNLABELLED, "without a label no answer can be checked")])

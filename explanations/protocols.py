@@ -176,7 +176,7 @@ def _find_object(content: str) -> dict[str, Any] | None:
     for match in re.finditer(r"\{", content):
         try:
             found, _ = decoder.raw_decode(content, match.start())
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for brackets without end
             continue
         if isinstance(found, dict):
             return found

@@ -67,6 +67,7 @@ def write_task(
         filtered_rows (`str`): `head`, `drop` or `explain`.
         file_format (`str`): `parquet` or `jsonl`.
     """
+    (folder / "task.yaml").unlink(missing_ok=True)  # an earlier build's would make a task of the two together
     features, splits = features_of(task), output_rows(judged, task, filtered_rows)
     data_files = {split: f"{split}.{file_format}" for split in splits}
     infos = {}

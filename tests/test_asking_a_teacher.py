@@ -118,12 +118,13 @@ def test_answers_that_cannot_be_used_are_rejected_by_name(build_with_teacher, te
         8: lambda: failure(400, "This model's maximum context length is 10 tokens"),
         9: lambda: answer("maybe", probability=0.5),
         10: lambda: answer("good", probability=7),
+        11: lambda: completion('{"explanation": ' + "[" * 100_000),
     }
     teacher.behave = lambda body: behaviour.get(number_of(body), lambda: sound(body))()
-    report = build_with_teacher()
+    report = build_with_teacher(min_kept_per_class=0)
     assert rejected(report) == {
         "bad": {"content_filter": 2, "refusal": 1, "too_long": 1, "malformed": 1},
-        "good": {"malformed": 3, "truncated": 1, "unsupported_by_text": 1},
+        "good": {"malformed": 4, "truncated": 1, "unsupported_by_text": 1},
     }
     assert report["ledger"]["train"]["good"]["rows"] == 6
     asked = teacher.asked()

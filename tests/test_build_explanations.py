@@ -9,11 +9,13 @@ from huggingface_hub import DatasetCard
 from teacher_server import answer, number_of, rejected, sound
 
 from clsgen.build_explanations import BuildArguments as Build
-from clsgen.build_explanations import build, main
+from clsgen.build_explanations import build, main, told_command
+from clsgen.explanations import task_folder
 from clsgen.explanations.filters import FilterArguments
 from clsgen.explanations.teacher import TeacherArguments, TeacherError
 from clsgen.publishing.hub import PublicationError
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
+from clsgen.table_files import write_rows
 from clsgen.tasks import class_counts, load_task
 from clsgen.train_sft_cls import TaskArguments, publication
 
@@ -93,6 +95,51 @@ def test_explanations_of_the_source_are_kept_where_asked(build_with_teacher, tea
     assert built[-1]["label"] is None
     assert built[-1]["explanation"] == "A word without a label."
     assert report["ledger"]["train"]["bad"]["from_source"] == 1
+
+
+@pytest.mark.parametrize(("options", "asked"), [({"limit": 4}, 4), ({"splits": ["validation"]}, 4), ({}, 16)])
+def test_rows_that_nobody_asked_about_keep_their_explanation(
+    build_with_teacher, teacher, source_task, tmp_path, caplog, options, asked
+):
+    source = source_task()
+    for split in ("train", "validation"):
+        lines = [json.loads(line) for line in (source / f"{split}.jsonl").read_text().splitlines()]
+        text = "".join(json.dumps({**line, "explanation": "Mine."}) + "\n" for line in lines)
+        (source / f"{split}.jsonl").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        build_with_teacher(source, min_kept_per_class=0, **options)
+    assert f"{asked} rows have an explanation already" in caplog.text
+    built = load_task(tmp_path / "built").splits
+    said = [row["explanation"] for rows in built.values() for row in rows]
+    assert said.count("Mine.") == 16 - asked
+
+
+def test_a_rebuild_that_is_killed_leaves_no_mixture(build_with_teacher, source_task, tmp_path, monkeypatch):
+    source = source_task()
+    build_with_teacher(source)
+    written = []
+
+    def killed(path, *arguments):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_rows(path, *arguments)
+
+    monkeypatch.setattr(task_folder, "write_rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_with_teacher(source, filtered_rows="drop")
+    with pytest.raises(FileNotFoundError, match="task"):
+        load_task(tmp_path / "built")
+
+
+@pytest.mark.parametrize("option", ["--base_url {}", "--base-url {}", "--base_url={}"])
+def test_the_recorded_command_has_no_address(option):
+    argv = ["--task", "t", *option.format("http://user:secret@example.com/v1").split(), "--model", "hf_abcdefghij"]
+    told = told_command(argv)
+    assert "example.com" not in told
+    assert "secret" not in told
+    assert "abcdefghij" not in told
+    assert told.startswith("python build_explanations.py --task t")
 
 
 def test_credentialed_data_stay_on_this_machine(build_with_teacher, teacher, source_task, tmp_path):

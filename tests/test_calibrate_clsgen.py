@@ -105,6 +105,7 @@ def test_rows_of_another_place_in_a_copy_of_the_task(trained, tmp_path):
     [
         (lambda spec: spec.update(name="other"), "answers the task 'tiny'"),
         (lambda spec: spec["labels"].reverse(), "labels 0 and 1 are"),
+        (lambda spec: spec.update(question="Is it refuted?"), "trained with another question than 'tiny' has now"),
         (lambda spec: spec["data_files"].pop("validation"), "no validation split"),
         (lambda spec: spec["data_files"].update(validation="one_class.jsonl"), "rows of both classes"),
     ],

@@ -180,6 +180,8 @@ def test_bad_arguments_are_named(task_folder, backbones, tmp_path):
     with pytest.raises(ValueError, match="cls_reads"):
         parse_reads(["middle"])
     assert parse_reads(["14:mean", "-1:decision"]) == [(14, "mean"), (-1, "decision")]
+    assert parse_reads("14:mean -1:decision") == [(14, "mean"), (-1, "decision")]
+    assert parse_reads("auto") is parse_reads(["auto"]) is None
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(model, tmp_path, monkeypatch):

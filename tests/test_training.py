@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build
+from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from safetensors import SafetensorError
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 
 from clsgen.batching_clsgen import alike
 from clsgen.losses_clsgen import IGNORE_INDEX
+from clsgen.resuming import last_complete_checkpoint
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
-from clsgen.trainer_clsgen import ClsGenSFTTrainer, last_complete_checkpoint
+from clsgen.trainer_clsgen import ClsGenSFTTrainer
 from clsgen.training_rows import DataCollatorForClsGen, encode_rows, label_counts, pack_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -351,6 +353,54 @@ def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(backbones, task_r
     resumed = run(tmp_path / "resumed", resume=tmp_path / "whole" / "checkpoint-3")
     for step in (4, 5, 6):
         assert resumed[step] == pytest.approx(whole[step], rel=1e-6)
+
+
+def test_gradients_of_fp16_are_unscaled_once(model, task_rows, tmp_path):
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=task_rows)
+    trainer.train()
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    try:
+        trainer.model.zero_grad()
+        scaler.scale(sum((parameter**2).sum() for parameter in trainer.model.parameters()) / 2).backward()
+        groups = {"cls_head": [], "": []}
+        for name, parameter in trainer.model.named_parameters():
+            groups["cls_head" if "cls_head" in name else ""].append(parameter)
+        norm = trainer._clip_grad_norm(trainer.model)
+    finally:
+        trainer.accelerator.state._mixed_precision = "no"
+    parameters = [parameter.detach().flatten() for parameter in trainer.model.parameters()]
+    assert float(norm) == pytest.approx(float(torch.cat(parameters).norm()), rel=1e-4)  # the gradient of x^2 / 2 is x
+    for group in groups.values():
+        clipped = torch.cat([parameter.grad.flatten() for parameter in group]).norm()
+        assert float(clipped) <= trainer.args.max_grad_norm + 1e-4
+
+
+@pytest.mark.parametrize("label", [float("nan"), 2.0, -100.0, -1.0])
+def test_a_label_that_is_none_stops_before_training(label, model, task_rows, tmp_path):
+    rows = [{**row, "label": label} if i == 3 else row for i, row in enumerate(task_rows)]
+    rows = Dataset.from_list(rows, features=task_rows.features)
+    with pytest.raises(ValueError, match=r"Row '?3'? of train: `label` must be a number from 0 to 1, or null"):
+        ClsGenSFTTrainer(model, arguments(tmp_path), train_dataset=rows)
+
+
+def test_a_missing_column_is_named(model, task_rows, tmp_path):
+    with pytest.raises(ValueError, match=r"Rows of train need the column\(s\) \['label'\]"):
+        ClsGenSFTTrainer(model, arguments(tmp_path), train_dataset=task_rows.remove_columns("label"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"explanation_mode": "Free"}, "`explanation_mode` must be guided or free, got 'Free'"),
+        ({"padding_side": "middle"}, "`padding_side` must be left or right"),
+        ({"pos_weight": None}, "`pos_weight` must be 'none', 'balanced' or a number"),
+    ],
+)
+def test_values_of_a_recipe_are_checked_as_those_of_flags(setting, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **setting)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(model, task_rows, tmp_path, monkeypatch):

@@ -1,0 +1,107 @@
+"""Which checkpoint a training goes on from: its own newest whole one, never another run's."""
+
+import json
+import logging
+from dataclasses import dataclass
+
+import pytest
+from conftest import PROMPT
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from test_train_sft_cls import command, task_folder  # noqa: F401
+
+from clsgen.resuming import NEWEST, claim_folder, last_complete_checkpoint, resumption, run_of
+from clsgen.tasks import Task
+from clsgen.train_sft_cls import main
+
+
+@dataclass
+class Arguments:
+    seed: int = 0
+    learning_rate: float = 1e-3
+    logging_steps: int = 10
+    num_train_epochs: float = 2.0
+
+
+@pytest.fixture
+def task():
+    rows = Dataset.from_list([{"id": "1", "findings": "It fell.", "claim": "It works.", "label": 1.0}])
+    return Task("my_own", PROMPT, ("no", "yes"), DatasetDict(train=rows))
+
+
+def checkpoint(folder, step, content='{"global_step": 1}'):
+    place = folder / f"checkpoint-{step}"
+    place.mkdir(parents=True)
+    (place / "trainer_state.json").write_text(content)
+    return str(place)
+
+
+def test_run_is_what_steps_depend_on(task):
+    run = run_of(task, Arguments())
+    assert run_of(task, Arguments(logging_steps=1, num_train_epochs=9.0)) == run
+    assert run_of(task, Arguments(seed=1)) != run
+    other = Dataset.from_list([{**task.splits["train"][0], "label": 0.0}])
+    assert run_of(Task("my_own", PROMPT, ("no", "yes"), DatasetDict(train=other)), Arguments()) != run
+    asked = {**PROMPT, "question": "Is it refuted?"}
+    assert run_of(Task("my_own", asked, ("no", "yes"), task.splits), Arguments()) != run
+    assert json.loads(json.dumps(run)) == run
+
+
+def test_another_runs_checkpoints_are_refused_or_moved_aside(task, tmp_path, caplog):
+    first, second = (run_of(task, Arguments(seed=seed)) for seed in (0, 1))
+    claim_folder(tmp_path, first, resume=False)
+    claim_folder(tmp_path, second, resume=True)  # nothing there yet to go on from
+    claim_folder(tmp_path, first, resume=False)
+    checkpoint(tmp_path, 4)
+    claim_folder(tmp_path, first, resume=True)
+    claim_folder(tmp_path, first, resume=False)
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
+    with pytest.raises(ValueError, match=r"of another run \(`seed` was 0, is 1\)"):
+        claim_folder(tmp_path, second, resume=True)
+    with caplog.at_level(logging.WARNING):
+        claim_folder(tmp_path, second, resume=False)
+    assert "held checkpoints of another run (`seed` was 0, is 1)" in caplog.text
+    assert (tmp_path / "earlier-run-1" / "checkpoint-4" / "trainer_state.json").is_file()
+    assert last_complete_checkpoint(tmp_path) is None
+    claim_folder(tmp_path, second, resume=True)
+
+
+def test_checkpoints_from_before_are_taken_with_a_warning(task, tmp_path, caplog):
+    checkpoint(tmp_path, 4)
+    with caplog.at_level(logging.WARNING):
+        claim_folder(tmp_path, run_of(task, Arguments()), resume=True)
+    assert "does not say which run its checkpoints are of" in caplog.text
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
+
+
+def test_a_torn_checkpoint_is_none(tmp_path):
+    whole = checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 10, '{"global_step": ')
+    (tmp_path / "checkpoint-11").mkdir()
+    assert last_complete_checkpoint(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        (None, None), (False, None), ("false", None), ("", None), (True, NEWEST), ("True", NEWEST), ("yes", NEWEST),
+        ("out/checkpoint-3", "out/checkpoint-3"),
+    ],
+)  # fmt: skip
+def test_resumption(asked, found):
+    assert resumption(asked) == found
+
+
+def test_a_run_does_not_go_on_from_another_ones_steps(task_folder, backbones, tmp_path):  # noqa: F811
+    output = tmp_path / "out"
+    main(command(task_folder, backbones["llama"], output, "--num_examples", "0"))
+    other = command(task_folder, backbones["llama"], output, "--num_examples", "0", "--seed", "7")
+    with pytest.raises(ValueError, match="`seed` was 0, is 7"):
+        main([*other, "--resume_from_checkpoint", "true"])
+    assert json.loads((output / "metrics.json").read_text())["seed"] == 0
+    main(other)
+    alone = command(task_folder, backbones["llama"], tmp_path / "alone", "--num_examples", "0", "--seed", "7")
+    main(alone)
+    found, expected = (load_file(folder / "model" / "model.safetensors") for folder in (output, tmp_path / "alone"))
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    assert (output / "earlier-run-1" / "checkpoint-4").is_dir()
