@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from .prompting_clsgen import ELLIPSIS, PromptEncoder
 
 _ABBREVIATIONS = "".join(rf"(?<!\b{word}\.)" for word in ("vs", "Dr", "al", "e\\.g", "i\\.e", "approx", "No", "Fig"))
-_BOUNDARY = re.compile(rf"(?<=[.!?]){_ABBREVIATIONS}\s+(?=[A-Z0-9(\[\"'])|\s*\n\s*")
+# White space is matched from its beginning alone: from each of its places, a long run would take quadratic time.
+_BOUNDARY = re.compile(rf"(?<=[.!?]){_ABBREVIATIONS}\s+(?=[A-Z0-9(\[\"'])|(?<!\s)\s*\n\s*")
 Span = tuple[int, int]
 
 

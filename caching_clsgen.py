@@ -55,16 +55,21 @@ def _with_room(room: torch.Tensor | None, kept: torch.Tensor, new: torch.Tensor)
     return room
 
 
+# Backbones whose attention takes distances from places in the cache (ALiBi without the mask, local windows).
+_COUNTING_SLOTS = {"mpt", "gpt_neo"}
+
+
 def growing_cache(config: Any) -> DynamicCache:
     """An empty cache for the decoder of `config`, whose layers grow in place (those with a sliding window as ever)."""
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if config.model_type not in _COUNTING_SLOTS:
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     cache.activate_past_recording()  # sliding windows can be cropped then
     return cache
 
 
 def can_be_padded_within(cache: DynamicCache) -> bool:
-    """Whether padding may stand between cached tokens; a sliding window would count it."""
+    """Whether padding may stand between cached tokens; a sliding window would count it, and so do some backbones."""
     return all(type(layer) is GrowingLayer for layer in cache.layers)
 
 

@@ -157,8 +157,16 @@ class ClsGenConfig(PreTrainedConfig):
         for name, value in above_zero.items():
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"`{name}` must be a finite number above 0, got {value}.")
-        if not 0 <= self.lm_reading_weight <= 1:
-            raise ValueError(f"`lm_reading_weight` must lie between 0 and 1, got {self.lm_reading_weight}.")
+        if set(self.calibration) != {"temperature", "bias"} or not math.isfinite(self.calibration["bias"]):
+            raise ValueError(f"`calibration` has a `temperature` and a finite `bias`, got {self.calibration}.")
+        for name in ("threshold", "lm_reading_weight"):
+            value = getattr(self, name)
+            if isinstance(value, str | bool | None) or not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {value!r}.")
+        if not isinstance(self.max_prompt_length, int) or self.max_prompt_length < 1:
+            raise ValueError(
+                f"`max_prompt_length` must be a whole number of 1 or more, got {self.max_prompt_length!r}."
+            )
         if self.base_rate is not None and not 0 < self.base_rate < 1:
             raise ValueError(f"`base_rate` must lie between 0 and 1, both excluded, got {self.base_rate}.")
         if self.explanation_mode not in ("guided", "free"):

@@ -126,6 +126,7 @@ class Prefill:
         self.cache = joined(list(zip(places, caches, strict=True)), len(prefix.input_ids))
         self.cache.crop(-1)  # it always lacks the last tokens: `generate` needs some to start from
         self._guidance: VerdictGuidance | None = None
+        self.given: list[int] | None = None  # labels of the verdict lines that were written
 
     def _run(self, prompts: list[list[int]], prefix: SharedPrefix) -> tuple[torch.Tensor, DynamicCache]:
         """The head's logits at the last tokens of prompts that go into one forward pass, and the cache."""
@@ -151,6 +152,7 @@ class Prefill:
 
     def write_verdicts(self, labels: list[int]) -> None:
         """Lets each explanation begin with the verdict line of a label: 0 or 1, one a row."""
+        self.given = labels
         scale, length = self.model.config.explanation_guidance_scale, self.length
         if scale != 1:
             self._append([self._verdict_lines[1 - label] for label in labels])
@@ -207,7 +209,7 @@ class Prefill:
         return {**self.batch, **options, "return_dict_in_generate": False}
 
     def explain(self, generate_kwargs: dict[str, Any]) -> list[tuple[int | None, str]]:
-        """Explanations of the batch, each as [`TaskPrompt.split_verdict_line`] gives it.
+        """Explanations of the batch, each as [`split_words`] gives it.
 
         Rows that have ended leave the batch while the others go on.
         """
@@ -216,10 +218,25 @@ class Prefill:
             raise ValueError("`num_return_sequences` must be 1: a prediction holds one explanation.")
         inputs = self.start(generate_kwargs)
         resumable = set(generate_kwargs) <= _RESUMABLE and (settled.num_beams or 1) == 1
-        droppable = len(self.cls_logits) > 3 and resumable
+        droppable = len(self.cls_logits) > 3 and resumable and _can_lose_rows(self.cache)
         rows = (generate_dropping_ended_rows if droppable else _generate_whole_batch)(self.model, inputs)
         texts = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [self.model.encoder.prompt.split_verdict_line(text) for text in texts]
+        given = self.given or [None] * len(texts)
+        return [split_words(self.model.encoder.prompt, *each) for each in zip(texts, given, strict=True)]
+
+
+def split_words(prompt: TaskPrompt, text: str, given: int | None) -> tuple[int | None, str]:
+    """What [`TaskPrompt.split_verdict_line`] makes of words; behind a verdict line of `given`, another one stays.
+
+    A model that is told its verdict and then writes the other one contradicts it, which a reader has to see.
+    """
+    label, words = prompt.split_verdict_line(text)
+    return (given, text.strip()) if None not in (label, given) and label != given else (label, words)
+
+
+def _can_lose_rows(cache: DynamicCache) -> bool:
+    """Not where a layer's state is no list of rows that one can take out, as in linear attention."""
+    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
 
 
 def _settled(stored: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
@@ -272,16 +289,17 @@ def generate_dropping_ended_rows(model: Any, inputs: dict[str, Any]) -> list[lis
 
 
 def stream_pieces(
-    model: Any, inputs: dict[str, Any], timeout: float | None = None
+    model: Any, inputs: dict[str, Any], timeout: float | None = None, given: int | None = None
 ) -> Generator[str, None, tuple[int | None, str]]:
     """Pieces of one explanation while it is generated in a thread; closing the generator ends the generation.
 
     Args:
         model, inputs: See [`generate_dropping_ended_rows`], with one row.
         timeout (`float`, *optional*): Longest wait for a piece, in seconds.
+        given (`int`, *optional*): Label of the verdict line that it begins behind.
 
     Returns:
-        The whole, as [`TaskPrompt.split_verdict_line`] gives it.
+        The whole, as [`split_words`] gives it.
     """
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=timeout, skip_special_tokens=True)
     cancelled, failures = _Cancelled(), []
@@ -298,7 +316,7 @@ def stream_pieces(
     thread = Thread(target=generate, name=STREAM_THREAD, daemon=True)
     thread.start()
     try:
-        explanation = yield from _without_verdict_line(streamer, model.encoder.prompt)
+        explanation = yield from _without_verdict_line(streamer, model.encoder.prompt, given)
     finally:
         cancelled.event.set()
         thread.join()
@@ -307,16 +325,18 @@ def stream_pieces(
     return explanation
 
 
-def _without_verdict_line(pieces: Iterable[str], prompt: TaskPrompt) -> Generator[str, None, tuple[int | None, str]]:
-    """Yields what `prompt.split_verdict_line` leaves of a text that comes in pieces, and returns what it finds."""
+def _without_verdict_line(
+    pieces: Iterable[str], prompt: TaskPrompt, given: int | None
+) -> Generator[str, None, tuple[int | None, str]]:
+    """Yields what [`split_words`] leaves of a text that comes in pieces, and returns what it finds."""
     text, told = "", 0
     for piece in pieces:
         text += piece
-        words = "" if prompt.may_become_verdict_line(text) else prompt.split_verdict_line(text)[1]
+        words = "" if prompt.may_become_verdict_line(text) else split_words(prompt, text, given)[1]
         if len(words) > told:
             yield words[told:]
             told = len(words)
-    label, words = prompt.split_verdict_line(text)
+    label, words = split_words(prompt, text, given)
     if len(words) > told:
         yield words[told:]
     return label, words

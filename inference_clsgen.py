@@ -1,6 +1,7 @@
 """What a user calls on a CLSGen model: `classify`, `classify_and_explain`, their iterators, `explain` and `stream`."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,16 +30,30 @@ class ClsGenInferenceMixin:
     """
 
     _tokenizer: PreTrainedTokenizerBase | None = None
+    _loaded_from: dict[str, Any] | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As any model's. The tokenizer, which is loaded on first use, will come from the same place."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        place = str(pretrained_model_name_or_path)
+        known = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # A relative path would mean another folder, or a name on the Hub, once the working directory has changed.
+        model._loaded_from = {**known, "place": os.path.abspath(place) if os.path.isdir(place) else place}
+        return loaded
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; loaded from the model's own repository on first use, unless set."""
         if self._tokenizer is None:
             # With the backbone's config, so that no remote code is asked for once more.
+            known = {"place": self.config.name_or_path, **(self._loaded_from or {})}
             self._tokenizer = AutoTokenizer.from_pretrained(
-                self.config.name_or_path,
+                known.pop("place"),
                 config=self.config.text_config,
                 revision=getattr(self.config, "_commit_hash", None),
+                **known,
             )
         return self._tokenizer
 
@@ -119,7 +134,7 @@ class ClsGenInferenceMixin:
                     bar.update(len(indices))
                 done += len(window)
                 for i, text in enumerate(window):
-                    found = self.attribute(text) if attributions else None
+                    found = self.attribute(text, max_batch_tokens, batch_size) if attributions else None
                     yield replace(predictions[i], attributions=found)
 
     def classify_iter(
@@ -386,7 +401,7 @@ class ClsGenInferenceMixin:
             prediction = replace(prediction, explained_label=self.config.label_names[labels[0]])
         yield prediction
         inputs = prefill.start(generate_kwargs)
-        written, words = yield from stream_pieces(self, inputs, timeout)
+        written, words = yield from stream_pieces(self, inputs, timeout, None if labels is None else labels[0])
         if labels is None and written is not None:
             prediction = replace(prediction, explained_label=self.config.label_names[written])
         yield replace(prediction, explanation=words)
@@ -405,12 +420,14 @@ class ClsGenInferenceMixin:
             await asyncio.shield(closing)
 
     @torch.inference_mode()
-    def attribute(self, text: Text, max_batch_tokens: int | None = None) -> tuple[Attribution, ...]:
+    def attribute(
+        self, text: Text, max_batch_tokens: int | None = None, batch_size: int | None = None
+    ) -> tuple[Attribution, ...]:
         """What each sentence of a text does to the logit, by leaving it out.
 
         Args:
             text (`str` or `dict`): As in [`classify`].
-            max_batch_tokens (`int`, *optional*): As in [`classify`].
+            max_batch_tokens, batch_size (`int`, *optional*): As in [`classify`].
 
         Returns:
             `tuple[Attribution, ...]`: In the order of the text; nothing for what was cut from too long a text.
@@ -420,7 +437,8 @@ class ClsGenInferenceMixin:
         logits = torch.empty(len(prompts), dtype=torch.float64)
         self.eval()
         prefix = SharedPrefix.of(self, prompts, whole=rule.lm_reading_weight > 0)
-        for indices in token_batches(list(map(len, prompts)), max_batch_tokens or pass_tokens(self.device)):
+        most = max_batch_tokens or pass_tokens(self.device)
+        for indices in token_batches(list(map(len, prompts)), most, batch_size):
             logits[indices] = rule.logits(*self._read([prompts[i] for i in indices], prefix))
         scores = (logits[0] - logits[1:]).tolist()
         return tuple(Attribution(*place, score=score) for place, score in zip(places, scores, strict=True))

@@ -39,7 +39,8 @@ class Prediction:
             words were told to argue for, or in `free` mode the LM's own, which may not be `label` (`None` where it
             wrote no verdict line).
         lm_probability (`float`, *optional*): The LM's own probability of the verdict of label 1 against that of label
-            0, without a hint. `None` from `classify` of a model whose `lm_reading_weight` is 0.
+            0, without a hint, re-based to `prior` too. `None` from `classify` of a model whose `lm_reading_weight` is
+            0.
         truncated (`bool`): Whether the text was too long, and read without the middle of its document.
         prior (`float`, *optional*): The base rate that `probability` was re-based to, if asked for.
         prediction_set (`tuple[str, ...]`, *optional*): Labels that can't be ruled out at the model's conformal error
@@ -67,8 +68,11 @@ class Prediction:
 
     @property
     def abstained(self) -> bool | None:
-        """Whether the text is one to hand to a person: not exactly one label is left in `prediction_set`."""
-        return None if self.prediction_set is None else len(self.prediction_set) != 1
+        """Whether the text is one to hand to a person: `prediction_set` is another than the label given, alone.
+
+        The threshold, and `prior`, decide for a label; they may do so for one that the set rules out.
+        """
+        return None if self.prediction_set is None else self.prediction_set != (self.label,)
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as JSON-serialisable values."""
@@ -83,7 +87,9 @@ class Prediction:
             notes.append(f"at a base rate of {self.prior:g}")
         head = f"{self.label} ({', '.join(notes)})"
         if self.abstained:
-            head += ", uncertain: " + (" or ".join(self.prediction_set) or "unlike either label's validation rows")
+            left = " or ".join(self.prediction_set) or "unlike either label's validation rows"
+            other = self.prediction_set and self.label not in self.prediction_set
+            head += f", uncertain: {left}" + (" by its prediction set" if other else "")
         if self.truncated:
             head += ", text truncated"
         if self.explained_label not in (None, self.label):
@@ -92,15 +98,15 @@ class Prediction:
 
 
 class NoNumberError(ValueError):
-    """The head's logit of some texts is not a number, so nothing can be said about them.
+    """The head's logit, or the LM's reading, of some texts is not a number, so nothing can be said about them.
 
     Args:
         texts (`list[int]`): Their places among the texts given.
     """
 
     reason = (
-        "The head's logit is not a number: hidden states overflowed, or weights are broken. If the model runs in "
-        "float16, load it with `dtype=torch.bfloat16` or `torch.float32`."
+        "The head's logit or the LM's reading is not a number: hidden states overflowed, or weights are broken. If "
+        "the model runs in float16, load it with `dtype=torch.bfloat16` or `torch.float32`."
     )
 
     def __init__(self, texts: list[int]):
@@ -201,15 +207,18 @@ class DecisionRule:
             truncated (`list[bool]`), prior (`float`, *optional*): See [`Prediction`].
 
         Raises:
-            NoNumberError: for logits that are nan; infinite ones are certain.
+            NoNumberError: for logits or readings that are nan; infinite ones are certain.
         """
         logits = self.logits(cls_logits, readings)
-        if logits.isnan().any():
-            raise NoNumberError(logits.isnan().nonzero()[:, 0].tolist())
+        broken = logits.isnan() if readings is None else logits.isnan() | readings.isnan()
+        if broken.any():
+            raise NoNumberError(broken.nonzero()[:, 0].tolist())
         shift = self.prior_shift(prior)
         probabilities = self.probabilities(logits)
         shifted = torch.sigmoid(torch.logit(probabilities) + shift) if shift else probabilities
-        lm_probabilities = [None] * len(logits) if readings is None else torch.sigmoid(readings.double()).tolist()
+        lm_probabilities = [None] * len(logits)
+        if readings is not None:
+            lm_probabilities = torch.sigmoid(readings.double() + shift).tolist()
         predictions = []
         for logit, at_base_rate, probability, lm_probability, was_cut in zip(
             logits.tolist(), probabilities.tolist(), shifted.tolist(), lm_probabilities, truncated, strict=True

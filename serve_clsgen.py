@@ -7,19 +7,20 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoModel, HfArgumentParser
 
 logger = logging.getLogger("clsgen.serve_clsgen")
+LOOK_EVERY_S = 0.1  # whether a client has gone
 FAILED = "The model failed on this request; the server's log says why."
 
 
@@ -41,17 +42,22 @@ class ServeArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Longest explanation that may be asked for."})
 
 
-class PredictRequest(BaseModel):
-    """One text and what to say about it."""
+class StreamRequest(BaseModel):
+    """One text, to be explained."""
 
     model_config = ConfigDict(extra="forbid")
 
     text: str | dict[str, str] = Field(description="A whole text, or the task's fields.")
-    explain: bool = Field(default=True, description="Whether to write an explanation.")
     mode: Literal["guided", "free"] | None = None
     prior: float | None = Field(default=None, gt=0, lt=1, description="Base rate to re-base the probability to.")
-    attributions: bool = Field(default=False, description="Whether to say what each sentence does to the answer.")
     max_new_tokens: int | None = Field(default=None, ge=1)
+
+
+class PredictRequest(StreamRequest):
+    """One text and what to say about it."""
+
+    explain: bool = Field(default=True, description="Whether to write an explanation.")
+    attributions: bool = Field(default=False, description="Whether to say what each sentence does to the answer.")
 
 
 class Batcher:
@@ -139,9 +145,27 @@ class Batcher:
         return self.model.classify_and_explain(texts, mode=first.mode, **options, **length_of(first))
 
 
-def length_of(request: PredictRequest) -> dict[str, int]:
+def length_of(request: StreamRequest) -> dict[str, int]:
     """The options of `generate` that a request may set."""
     return {} if request.max_new_tokens is None else {"max_new_tokens": request.max_new_tokens}
+
+
+async def unless_gone(http: Request, answer: Coroutine[Any, Any, Any]) -> Any:
+    """Waits for an answer, and gives up on it (status 499, which nobody reads) once its client has gone."""
+
+    async def gone() -> None:
+        while not await http.is_disconnected():
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    tasks = [asyncio.ensure_future(each) for each in (answer, gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise HTTPException(499, "The client has gone.")
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 class BodyLimit:
@@ -196,7 +220,7 @@ def create_app(model: Any, arguments: ServeArguments) -> FastAPI:
     app = FastAPI(title="CLSGen", description=model.config.prompt["question"], lifespan=lifespan)
     app.add_middleware(BodyLimit, max_bytes=arguments.max_body_bytes)
 
-    def check(request: PredictRequest) -> None:
+    def check(request: StreamRequest) -> None:
         length = len(request.text) if isinstance(request.text, str) else sum(map(len, request.text.values()))
         if length > arguments.max_characters:
             raise HTTPException(413, f"The text has {length} characters; at most {arguments.max_characters} are read.")
@@ -210,44 +234,47 @@ def create_app(model: Any, arguments: ServeArguments) -> FastAPI:
             raise HTTPException(422, "This model holds no base rate, so `prior` cannot be used with it.")
 
     @app.post("/predict")
-    async def predict(request: PredictRequest) -> dict[str, Any]:
+    async def predict(request: PredictRequest, http: Request) -> dict[str, Any]:
         """The prediction for one text. 413 and 422: the request; 503: too busy, try again; 504: took too long."""
         await asyncio.to_thread(check, request)
         try:
-            prediction = await batcher.submit(request)
+            prediction = await unless_gone(http, batcher.submit(request))
         except asyncio.QueueFull as error:
             raise HTTPException(503, "Too many requests wait; try again.", {"Retry-After": "1"}) from error
         except asyncio.TimeoutError as error:
             raise HTTPException(504, f"No answer within {arguments.timeout_s:g} s.") from error
+        except HTTPException:
+            raise
         except Exception as error:
             raise HTTPException(500, getattr(error, "reason", FAILED)) from error
         return prediction.to_dict()
 
-    async def checked_stream(request: PredictRequest) -> AsyncIterator[ServerSentEvent]:
-        async with streams:
-            events = model.astream(
-                request.text, request.mode, prior=request.prior, timeout=arguments.timeout_s, **length_of(request)
-            )
-            first = True
-            try:
-                async for event in events:
-                    if isinstance(event, str):
-                        yield ServerSentEvent(data=event, event="text")
-                    else:
-                        yield ServerSentEvent(data=event.to_dict(), event="prediction" if first else "done")
-                    first = False
-            except Exception as error:  # the status is sent already
-                logger.exception("A stream failed")
-                yield ServerSentEvent(data=getattr(error, "reason", FAILED), event="error")
+    async def checked_stream(request: StreamRequest) -> AsyncIterator[ServerSentEvent]:
+        events = model.astream(
+            request.text, request.mode, prior=request.prior, timeout=arguments.timeout_s, **length_of(request)
+        )
+        first = True
+        try:
+            async for event in events:
+                if isinstance(event, str):
+                    yield ServerSentEvent(data=event, event="text")
+                else:
+                    yield ServerSentEvent(data=event.to_dict(), event="prediction" if first else "done")
+                first = False
+        except Exception as error:  # the status is sent already
+            logger.exception("A stream failed")
+            yield ServerSentEvent(data=getattr(error, "reason", FAILED), event="error")
 
-    async def admitted(request: PredictRequest) -> PredictRequest:
+    async def admitted(request: StreamRequest) -> AsyncIterator[StreamRequest]:
+        """Takes a place before anything else can be waited for; FastAPI gives it back when the stream has ended."""
         if streams.locked():
             raise HTTPException(503, "Too many streams are open; try again.", {"Retry-After": "1"})
-        await asyncio.to_thread(check, request)
-        return request
+        async with streams:
+            await asyncio.to_thread(check, request)
+            yield request
 
     @app.post("/predict/stream", response_class=EventSourceResponse)
-    async def predict_stream(request: PredictRequest = Depends(admitted)) -> AsyncIterator[ServerSentEvent]:  # noqa: B008
+    async def predict_stream(request: StreamRequest = Depends(admitted)) -> AsyncIterator[ServerSentEvent]:  # noqa: B008
         """Server-sent events: `prediction` at once, then `text` pieces, then `done` with the finished prediction.
 
         Where the model fails, `error` says why and is the last.

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import logging
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -14,6 +16,8 @@ import pyarrow.parquet as pq
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 _ROW_GROUP = 1024
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a surrogate without its other half
+logger = logging.getLogger(__name__)
 
 
 def check_ending(path: Path) -> str:
@@ -98,9 +102,18 @@ def csv_rows(path: str | Path, file: Iterable[str], columns: list[str] | None = 
         columns = next(reader, []) if columns is None else columns
         if len(set(columns)) < len(columns):
             raise ValueError(f"{path}: a column name stands twice in {columns}.")
-        for cells in filter(None, reader):
+        blank = None
+        for cells in reader:
+            if not cells:
+                blank = reader.line_num
+                continue
             if len(cells) != len(columns):
                 raise ValueError(f"{path}, line {reader.line_num}: {len(cells)} cells for {len(columns)} columns.")
+            if blank and len(columns) == 1:
+                raise ValueError(
+                    f"{path}, line {blank} is blank: with one column, that may be an empty cell or no row. Write "
+                    '"" for the former, or take the line out.'
+                )
             yield dict(zip(columns, cells, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}.") from error
@@ -117,6 +130,11 @@ def json_rows(path: str | Path, file: Iterable[str]) -> Iterator[dict[str, Any]]
             raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is {type(row).__name__}, not an object with columns.")
+        if "\\ud" in line.lower() and _HALF_CHARACTER.search(text := json.dumps(row, ensure_ascii=False)):
+            logger.warning(
+                "%s, line %d holds half a character, which no file can: it is read as U+FFFD.", path, number
+            )
+            row = json.loads(_HALF_CHARACTER.sub("\ufffd", text))
         yield row
 
 

@@ -101,9 +101,11 @@ def warnings(prediction: Any, labels: Sequence[str], error_rate: float | None = 
     found = []
     if prediction.abstained:
         rate = "" if error_rate is None else f" at an error rate of {percent(error_rate, 0)}"
-        left = (
-            "neither label can be ruled out" if prediction.prediction_set else "the text is unlike either label's rows"
-        )
+        left = "the text is unlike either label's rows"
+        if len(prediction.prediction_set) == 2:
+            left = "neither label can be ruled out"
+        elif prediction.prediction_set:
+            left = "the label given is ruled out, and the other is not"
         found.append(("Uncertain: a person should decide", f"By the validation data, {left}{rate}."))
     if disagrees(prediction):
         found.append(

@@ -9,14 +9,24 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import VOCABULARY, build
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    GPTNeoConfig,
+    Lfm2Config,
+    MptConfig,
+    set_seed,
+)
 
 from clsgen import explaining_clsgen
 from clsgen.attribution_clsgen import sentence_spans
 from clsgen.batching_clsgen import token_batches
 from clsgen.caching_clsgen import SharedPrefix, can_be_padded_within, growing_cache
 from clsgen.early_exit_clsgen import decoder_up_to
-from clsgen.explaining_clsgen import Prefill, generate_dropping_ended_rows
+from clsgen.explaining_clsgen import Prefill, _without_verdict_line, generate_dropping_ended_rows, split_words
 from clsgen.prediction_clsgen import NoNumberError
 
 
@@ -389,6 +399,9 @@ def test_sentences_end_at_stops_and_lines():
         "RESULTS: none",
     ]
     assert sentence_spans(" ") == []
+    blanks = " " * 200_000  # seconds where a pattern goes over them once, hours where from each place anew
+    assert sentence_spans(f"a{blanks}b") == [(0, 200_002)]
+    assert sentence_spans(f"a{blanks}\n{blanks}b") == [(0, 1), (400_002, 400_003)]
 
 
 def test_threads_get_the_same_answers(any_model, texts):
@@ -429,3 +442,61 @@ def test_an_explanation_does_not_repeat_itself_but_may_repeat_the_prompt(model, 
     # A processor that knows the prompt would forbid what it holds; ours equals generation behind an empty prompt.
     whole = model.classify_and_explain(texts * 2, mode="free", max_new_tokens=30)
     assert whole[0].explanation == model.classify_and_explain(texts[0], mode="free", max_new_tokens=30).explanation
+
+
+@pytest.mark.parametrize("family", ["mpt", "gpt_neo"])
+def test_backbones_that_count_places_in_the_cache_answer_alike_in_batches(family, texts, tmp_path, tokenizer):
+    config = {
+        "mpt": MptConfig(d_model=32, n_heads=4, n_layers=4, expansion_ratio=2, max_seq_len=2048, vocab_size=300),
+        "gpt_neo": GPTNeoConfig(
+            vocab_size=300, hidden_size=32, num_layers=4, num_heads=4, window_size=16, max_position_embeddings=2048,
+            attention_types=[[["global", "local"], 2]],
+        ),
+    }[family]  # fmt: skip
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = build(str(tmp_path))
+    alone = [model.classify(text).logit for text in texts]
+    assert [prediction.logit for prediction in model.classify(texts)] == pytest.approx(alone, abs=1e-5)
+
+
+def test_rows_of_a_backbone_with_linear_attention_stay_in_their_batch(texts, tmp_path, tokenizer):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    config = Lfm2Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2,
+        eos_token_id=257, bos_token_id=257, pad_token_id=258,
+    )  # fmt: skip
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = build(str(tmp_path))
+    together = model.classify_and_explain(texts, max_new_tokens=4)
+    assert [p.explanation for p in together] == [
+        model.classify_and_explain(text, max_new_tokens=4).explanation for text in texts
+    ]
+
+
+def test_the_tokenizer_comes_from_where_the_model_came_from(model, texts, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    model.save_pretrained(tmp_path / "here" / "model")
+    model.tokenizer.save_pretrained(tmp_path / "here" / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    loaded = AutoModel.from_pretrained("model", trust_remote_code=True, local_files_only=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert loaded.classify(texts[0]).probability == pytest.approx(model.classify(texts[0]).probability, abs=1e-5)
+    assert loaded._loaded_from == {"place": str(tmp_path / "here" / "model"), "local_files_only": True}
+
+
+def test_words_that_contradict_their_verdict_line_are_not_hidden(model):
+    prompt = model.encoder.prompt
+    against, in_favour = (prompt.verdict_line(label) for label in (0, 1))
+    assert split_words(prompt, f"{in_favour}It fell.", given=1) == (1, "It fell.")
+    assert split_words(prompt, f"{against}It rose.", given=None) == (0, "It rose.")
+    assert split_words(prompt, "It fell.", given=1) == (None, "It fell.")
+    contradicting = f"{against}It rose."
+    assert split_words(prompt, contradicting, given=1) == (1, contradicting)
+    pieces = [contradicting[i : i + 3] for i in range(0, len(contradicting), 3)]
+    assert "".join(_without_verdict_line(pieces, prompt, 1)) == contradicting
+    assert "".join(_without_verdict_line(pieces, prompt, 0)) == "It rose."

@@ -1,6 +1,7 @@
 """The model: independent numerics, every way of padding, generation, saving and loading."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -384,3 +385,21 @@ def test_real_small_model(smollm2, texts):
     classified = model.classify(texts[:2])
     explained = model.classify_and_explain(texts[:2], max_new_tokens=5)
     assert [p.probability for p in classified] == pytest.approx([p.probability for p in explained], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"threshold": math.nan}, "`threshold` must lie between 0 and 1"),
+        ({"threshold": 2.0}, "`threshold`"),
+        ({"threshold": "0.5"}, "`threshold`"),
+        ({"threshold": None}, "`threshold`"),
+        ({"calibration": {"bias": math.nan}}, "a finite `bias`"),
+        ({"calibration": {"temperatur": 2.0}}, "`calibration` has a `temperature`"),
+        ({"max_prompt_length": 0}, "`max_prompt_length` must be a whole number"),
+        ({"max_prompt_length": "a"}, "`max_prompt_length` must be a whole number"),
+    ],
+)
+def test_a_config_that_gives_no_number_is_refused(wrong, message, model):
+    with pytest.raises(ValueError, match=message):
+        ClsGenConfig(text_config=model.config.text_config, **wrong)

@@ -110,6 +110,38 @@ def test_a_bad_row_stops_the_run_or_is_written_with_its_error(folder, rows, tmp_
     assert "1 rows with an error" in caplog.text
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_half_a_character_stops_nothing(folder, rows, tmp_path, caplog, ending):
+    rows = [{**row, "note": "half \ud800"} if i == 1 else row for i, row in enumerate(rows)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / f"out.{ending}"
+    assert main(["--model", folder, "--input", str(tmp_path / "in.jsonl"), "--output", str(output)]) == 0
+    assert "in.jsonl, line 2 holds half a character" in caplog.text
+    found = list(read_rows(output))
+    assert len(found) == len(rows)
+    assert found[1]["note"] == "half \ufffd"
+
+
+def test_a_blank_line_of_one_column_is_no_silent_gap(folder, tmp_path, caplog):
+    (tmp_path / "in.csv").write_text("text\nfirst\n\nlast\n\n")
+    assert (
+        main(
+            [
+                "--model",
+                folder,
+                "--input",
+                str(tmp_path / "in.csv"),
+                "--output",
+                str(tmp_path / "out.csv"),
+                "--text_column",
+                "text",
+            ]
+        )
+        == 1
+    )
+    assert "in.csv, line 3 is blank" in caplog.text
+
+
 @pytest.mark.parametrize("explain", ["true", "false"])
 def test_a_row_without_a_number_stops_the_run_or_is_written_with_its_error(backbones, rows, tmp_path, caplog, explain):
     model = build(backbones["qwen3"])  # its LM head has weights of its own
@@ -128,7 +160,7 @@ def test_a_row_without_a_number_stops_the_run_or_is_written_with_its_error(backb
     rows[1]["claim"] = "B."
     save(tmp_path / "in.csv", rows)
     assert main([*command, "--overwrite", "true"]) == 1
-    assert re.search("row [47]: The head's logit is not a number", caplog.text)
+    assert re.search("row [47]: The head's logit or the LM's reading is not a number", caplog.text)
 
 
 def test_what_cannot_work_is_refused_before_any_row(folder, rows, tmp_path, caplog):

@@ -41,6 +41,10 @@ def test_prediction_sets_and_abstention():
     logits = torch.logit(torch.tensor([0.05, 0.5, 0.95]))
     sets = [p.prediction_set for p in rule(conformal_quantiles=(0.6, 0.3)).predict(logits, [False] * 3)]
     assert sets == [("no",), ("no",), ("yes",)]
+    certain, ruled_out, _ = rule(conformal_quantiles=(0.6, 0.3)).predict(logits, [False] * 3)
+    assert not certain.abstained
+    assert (ruled_out.label, ruled_out.abstained) == ("yes", True)
+    assert "yes (probability 0.500, threshold 0.500), uncertain: no by its prediction set" in str(ruled_out)
     unsure = rule(conformal_quantiles=(0.6, 0.6)).predict(logits, [False] * 3)[1]
     assert unsure.prediction_set == ("no", "yes")
     assert unsure.abstained
@@ -59,6 +63,19 @@ def test_a_logit_that_is_not_a_number_is_refused_and_an_infinite_one_is_certain(
         rule().predict(logits, [False] * 4)
     certain = rule(base_rate=0.5).predict(torch.tensor([math.inf, -math.inf]), [False] * 2, prior=0.1)
     assert [(p.label_id, p.probability) for p in certain] == [(1, 1.0), (0, 0.0)]
+
+
+def test_a_reading_that_is_not_a_number_is_refused():
+    with pytest.raises(NoNumberError, match=r"1 text\(s\), \[1\]"):
+        rule().predict(torch.zeros(2), [False] * 2, readings=torch.tensor([0.0, math.nan]))
+
+
+def test_the_lms_reading_moves_with_the_base_rate():
+    logits, readings = torch.logit(torch.tensor([0.6, 0.9])), torch.logit(torch.tensor([0.6, 0.8]))
+    same, other = rule(base_rate=0.5).predict(logits, [False] * 2, prior=0.02, readings=readings)
+    assert same.disagreement == pytest.approx(0.0, abs=1e-6)
+    odds = 0.8 / 0.2 * 0.02 / 0.98
+    assert other.lm_probability == pytest.approx(odds / (1 + odds))
 
 
 def test_a_prediction_is_json():

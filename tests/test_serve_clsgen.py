@@ -1,5 +1,6 @@
 """The server over real HTTP on loopback: right answers to the right clients, and every limit with its status."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -135,6 +136,60 @@ def test_a_full_queue_and_a_slow_answer_are_told_so(model, monkeypatch):
         while client.get("/health").json()["waiting"]:
             time.sleep(0.01)
         assert client.post("/predict", json=body).status_code == 200
+
+
+def test_a_client_that_has_gone_costs_nothing(model, monkeypatch):
+    started, go_on, asked = threading.Event(), threading.Event(), []
+    classify = model.classify
+
+    def slow(texts, **kwargs):
+        asked.extend(texts)
+        started.set()
+        go_on.wait(30)
+        return classify(texts, **kwargs)
+
+    monkeypatch.setattr(model, "classify", slow, raising=False)
+    with serving(model, max_batch_size=1) as client, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.post, "/predict", json={"text": "first", "explain": False})
+        started.wait(30)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/predict", json={"text": "gone", "explain": False}, timeout=0.3)
+        last = pool.submit(client.post, "/predict", json={"text": "last", "explain": False})
+        while client.get("/health").json()["waiting"] < 2:
+            time.sleep(0.01)
+        time.sleep(1)  # in which the server sees that its client has gone
+        go_on.set()
+        assert first.result().status_code == last.result().status_code == 200
+    assert asked == ["first", "last"]
+
+
+def test_streams_beyond_the_most_are_refused_even_if_they_come_together(model, monkeypatch):
+    begun, go_on, stream = threading.Event(), threading.Event(), model.astream
+
+    async def slow(*args, **kwargs):
+        begun.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        async for event in stream(*args, **kwargs):
+            yield event
+
+    monkeypatch.setattr(model, "astream", slow, raising=False)
+    with serving(model, max_streams=2) as client, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(client.post, "/predict/stream", json={"text": "One text"}) for _ in range(8)]
+        begun.wait(30)
+        while sum(answer.done() for answer in asked) < 6:
+            time.sleep(0.01)
+        assert {answer.result().status_code for answer in asked if answer.done()} == {503}
+        go_on.set()
+        assert sorted(answer.result().status_code for answer in asked) == [200] * 2 + [503] * 6
+        for _ in range(4):  # the places are given back
+            assert client.post("/predict/stream", json={"text": "One text"}).status_code == 200
+
+
+@pytest.mark.parametrize("option", [{"attributions": True}, {"explain": False}])
+def test_a_stream_takes_no_option_that_it_has_no_answer_to(model, option):
+    with serving(model) as client:
+        assert client.post("/predict/stream", json={"text": "fine", **option}).status_code == 422
 
 
 def test_a_text_without_a_number_fails_alone_and_says_why(model):
