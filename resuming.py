@@ -3,9 +3,13 @@
 import hashlib
 import json
 import logging
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 from clsgen.atomic_io import write_json
 from clsgen.scoring import CalibrationArguments
@@ -14,7 +18,7 @@ from clsgen.tasks import Task
 logger = logging.getLogger("clsgen.train_sft_cls")
 CHECKPOINT_COMPLETE = "trainer_state.json"  # the last file that `Trainer` writes into a checkpoint
 RUN = "run.json"
-NEWEST = "true"
+NEWEST = "true"  # the newest checkpoint of this run, and no path
 # Arguments that say where, how long and with how much talk, and what happens after the last step.
 _FREE = {
     "task", "data_dir", "output_dir", "results_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps",
@@ -79,6 +83,41 @@ def claim_folder(output_dir: str | Path, run: dict[str, Any], resume: bool) -> N
             checkpoint.rename(aside / checkpoint.name)
         logger.warning("%s held checkpoints of another run (%s): they are in %s now.", folder, told, aside)
     write_json(file, run)
+
+
+def take_up_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """Loads a checkpoint after which `max_steps` leaves nothing to do, where `train` would take a step too many."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / CHECKPOINT_COMPLETE))
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # theirs are loaded into wrapped models alone
+    if sharded or not 0 < trainer.args.max_steps <= state.global_step:
+        return False
+    logger.info("All of its %d steps have been taken.", state.global_step)
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = state
+    return True
+
+
+class TrainingClock(TrainerCallback):
+    """Seconds of a training, those before the last checkpoint included where it was cut.
+
+    Args:
+        file (`Path`): Where they are kept.
+        goes_on (`bool`, *optional*, defaults to `True`): Whether what is found there counts.
+    """
+
+    def __init__(self, file: Path, goes_on: bool = True):
+        self.file = file
+        self.before = json.loads(file.read_text(encoding="utf-8")) if goes_on and file.is_file() else 0.0
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self.before + time.perf_counter() - self.start
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs) -> None:
+        if state.is_world_process_zero:
+            write_json(self.file, self.seconds)
 
 
 def _differences(known: dict[str, Any], run: dict[str, Any]) -> list[str]:

@@ -114,7 +114,7 @@ def load_task(
         raise ValueError(
             f"The training split of {spec['name']!r} needs labelled rows of both classes, got {_in_words(counts)}."
         )
-    return Task(
+    task = Task(
         name=spec["name"],
         prompt={key: spec[key] for key in PROMPT_KEYS if key in spec},
         labels=tuple(spec["labels"]),
@@ -122,6 +122,19 @@ def load_task(
         credentialed=bool(spec.get("credentialed", False)),
         license=spec.get("license"),
     )
+    _warn_of_texts_seen_in_training(task, log)
+    return task
+
+
+def _warn_of_texts_seen_in_training(task: Task, log: logging.Logger) -> None:
+    trained = {task.text_of(row) for row in task.splits["train"]}
+    for split in task.splits:
+        count = 0 if split == "train" else sum(task.text_of(row) in trained for row in task.splits[split])
+        if count:
+            log.warning(
+                "%s/%s: %d of its %d texts stand in the training split too; its numbers will flatter a model.",
+                task.name, split, count, len(task.splits[split]),
+            )  # fmt: skip
 
 
 def find_task(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:

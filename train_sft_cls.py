@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from clsgen.atomic_io import write_json
@@ -32,7 +32,15 @@ from clsgen.publishing.examples import write_examples
 from clsgen.publishing.footprint import available_cores, estimate_footprint
 from clsgen.publishing.hub import identity
 from clsgen.push_to_hub import PublishArguments, check_publication, license_of, publish
-from clsgen.resuming import NEWEST, claim_folder, last_complete_checkpoint, resumption, run_of
+from clsgen.resuming import (
+    NEWEST,
+    TrainingClock,
+    claim_folder,
+    last_complete_checkpoint,
+    resumption,
+    run_of,
+    take_up_finished,
+)
 from clsgen.run_record import describe_run, peak_memory_mib, without_tokens
 from clsgen.scoring import CalibrationArguments, check_validation_split, classified, measure, table
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
@@ -171,6 +179,12 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
         dtype=model_arguments.dtype or "float32",
         **kwargs,
     )
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    if positions and training.max_length > positions:
+        raise ValueError(
+            f"`max_length` is {training.max_length}, but {model_arguments.model_name_or_path} reads {positions} "
+            "tokens at most: lower it, or take another backbone."
+        )
     # A shorter limit would cut off what the LM learns to say last: the verdict.
     model.generation_config.max_new_tokens = training.max_explanation_length
     return model
@@ -209,23 +223,29 @@ def show_examples(examples: list[dict[str, Any]]) -> None:
         print(f"  gold label: {example['gold'] or 'none'}; the LM alone: {prediction['lm_probability']}")
 
 
-def prepare_output_dir(training: ClsGenSFTConfig, task: Task) -> Path:
-    """The run's folder, writable; `outputs/<task>` unless asked otherwise."""
+def prepare_output_dir(training: ClsGenSFTConfig, arguments: TaskArguments, task: Task) -> Path:
+    """The run's folder, `outputs/<task>` unless asked otherwise; it is writable, and so is that for results."""
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = str(Path("outputs") / task.name)
-    folder = Path(training.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"`output_dir` {folder} is not writable ({error}): choose another with --output_dir.") from error
-    return folder
+    for name, place in (("output_dir", training.output_dir), ("results_dir", arguments.results_dir)):
+        if place is None:
+            continue
+        try:
+            Path(place).mkdir(parents=True, exist_ok=True)
+            probe = Path(place) / f".writable.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"`{name}` {place} is not writable ({error}): choose another with --{name}.") from error
+    return Path(training.output_dir)
 
 
 def train(
-    task: Task, arguments: TaskArguments, training: ClsGenSFTConfig, model_arguments: ModelArguments
+    task: Task,
+    arguments: TaskArguments,
+    training: ClsGenSFTConfig,
+    model_arguments: ModelArguments,
+    callbacks: Iterable[TrainerCallback] = (),
 ) -> tuple[ClsGenSFTTrainer, Probe | None]:
     """Builds the model, starts it warm and trains it; the trainer holds the result."""
     model = build_model(task, arguments, model_arguments, training)
@@ -247,7 +267,7 @@ def train(
     if "validation" not in rows:
         logger.warning("The task has no validation split: no evaluation, no calibration, no choice of checkpoint.")
         training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
-    callbacks = []
+    callbacks = list(callbacks)
     if arguments.early_stopping_patience and "validation" in rows:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     trainer = ClsGenSFTTrainer(
@@ -265,7 +285,8 @@ def train(
     if resume == NEWEST:
         resume = last_complete_checkpoint(training.output_dir)
         logger.info("Resuming from %s", resume or "the start: there is no complete checkpoint yet")
-    trainer.train(resume_from_checkpoint=resume)
+    if not (resume and take_up_finished(trainer, resume)):
+        trainer.train(resume_from_checkpoint=resume)
     return trainer, probe
 
 
@@ -276,6 +297,7 @@ def finish(
     arguments: TaskArguments,
     report: dict[str, Any],
     recipe: str,
+    clock: TrainingClock,
 ) -> Path:
     """Calibrates, tests, writes the checkpoint and the result files, and shows them."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -295,7 +317,7 @@ def finish(
         metrics,
         cls_reads=config.cls_reads,
         probe=None if probe is None else {"C": probe.inverse_penalty, "cv_auroc": probe.auroc},
-        wall_seconds=round(time.time() - report.pop("started"), 1),
+        wall_seconds=round(clock.seconds, 1),
         peak_memory_gib=round(peak_memory_mib() / 2**10, 2),
     )
     gpus = training.world_size * training.n_gpu
@@ -357,7 +379,6 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
         run (`dict`, *optional*): What [`run_record.describe_run`] says of another command that this one is part of.
     """
     argv = sys.argv[1:] if argv is None else argv
-    started = time.time()
     recipe = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else str(DEFAULT_RECIPE)
     parser = TrlParser((TaskArguments, ClsGenSFTConfig, ModelArguments))
     default = [] if "--config" in argv else ["--config", recipe]
@@ -369,8 +390,9 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     check_launch(arguments.warm_start, training, model_arguments, arguments.lm_reading_weight)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
     check_validation_split(task)
-    output_dir = prepare_output_dir(training, task)
+    output_dir = prepare_output_dir(training, arguments, task)
     training.resume_from_checkpoint = resumption(training.resume_from_checkpoint)
+    clock = TrainingClock(output_dir / "seconds.json", goes_on=training.resume_from_checkpoint is not None)
     with training.main_process_first(local=False, desc="looking for checkpoints"):
         of = run_of(task, arguments, training, model_arguments)
         claim_folder(output_dir, of, resume=training.resume_from_checkpoint is not None)
@@ -382,13 +404,12 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
         "train_rows": class_counts(task.splits["train"]),
         "threshold_method": arguments.threshold_method,
         **(run or describe_run("train_sft_cls.py", argv)),
-        "started": started,
     }
     asked = publication(task, arguments, training, report)
-    trainer, probe = train(task, arguments, training, model_arguments)
+    trainer, probe = train(task, arguments, training, model_arguments, [clock])
     if trainer.model.config.name_or_path == str(dequantized_folder()):
         report["base_model_source"] = DEQUANTIZED_SOURCE
-    folder = finish(trainer, probe, task, arguments, report, read_recipe(recipe))
+    folder = finish(trainer, probe, task, arguments, report, read_recipe(recipe), clock)
     if not trainer.is_world_process_zero():
         return
     print(f"\n{table(report)}")

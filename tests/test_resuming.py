@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from test_train_sft_cls import command, task_folder  # noqa: F401
 
+from clsgen.atomic_io import write_json
 from clsgen.resuming import NEWEST, claim_folder, last_complete_checkpoint, resumption, run_of
 from clsgen.tasks import Task
 from clsgen.train_sft_cls import main
@@ -105,3 +106,36 @@ def test_a_run_does_not_go_on_from_another_ones_steps(task_folder, backbones, tm
     found, expected = (load_file(folder / "model" / "model.safetensors") for folder in (output, tmp_path / "alone"))
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
     assert (output / "earlier-run-1" / "checkpoint-4").is_dir()
+
+
+def test_a_run_that_had_taken_all_its_steps_takes_no_further_one(task_folder, backbones, tmp_path):  # noqa: F811
+    def run(folder, *more):
+        # 24 rows, 8 a step: `max_steps` ends within the second epoch.
+        size = ["--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant", "--num_examples", "0"]
+        main([*command(task_folder, backbones["llama"], folder), *size, *more])
+        return load_file(folder / "model" / "model.safetensors"), json.loads((folder / "metrics.json").read_text())
+
+    before, first = run(tmp_path / "out")
+    after, second = run(tmp_path / "out", "--resume_from_checkpoint", "true")
+    assert all(after[name].equal(tensor) for name, tensor in before.items())
+    assert second["history"] == first["history"]
+    assert second["test"] == first["test"]
+
+
+def test_seconds_before_a_kill_count(tmp_path, task_folder, backbones):  # noqa: F811
+    output = tmp_path / "out"
+    main(command(task_folder, backbones["llama"], output, "--num_examples", "0"))
+    write_json(output / "seconds.json", 1000.0)
+    main(command(task_folder, backbones["llama"], output, "--num_examples", "0", "--resume_from_checkpoint", "true"))
+    assert json.loads((output / "metrics.json").read_text())["wall_seconds"] > 1000
+    main(command(task_folder, backbones["llama"], output, "--num_examples", "0"))
+    assert json.loads((output / "metrics.json").read_text())["wall_seconds"] < 1000
+
+
+def test_what_cannot_be_is_said_before_training(task_folder, backbones, tmp_path):  # noqa: F811
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match=r"`results_dir` .* is not writable"):
+        main(command(task_folder, backbones["llama"], tmp_path / "out", "--results_dir", str(blocked / "r")))
+    with pytest.raises(ValueError, match=r"`max_length` is 4000, but .* reads 2048 tokens at most"):
+        main(command(task_folder, backbones["llama"], tmp_path / "out", "--max_length", "4000"))

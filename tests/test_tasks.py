@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PROMPT
 
 from clsgen.data.clinifact import prepare as clinifact
 from clsgen.tasks import class_counts, load_task
@@ -447,3 +448,15 @@ def test_every_task_folder_is_a_hub_data_set():
         assert card.data.language == "en"
         files = {entry["split"]: entry["path"] for entry in card.data.configs[0]["data_files"]}
         assert files == yaml.safe_load((folder / "task.yaml").read_text())["data_files"]
+
+
+def test_texts_that_stand_in_training_too_are_counted(tmp_path, caplog):
+    rows = [{"id": f"a{i}", "findings": f"It fell {i}.", "claim": "It works.", "label": i % 2} for i in range(6)]
+    spec = {"name": "tiny", **PROMPT, "labels": ["no", "yes"], "data_files": {"train": "a.jsonl", "test": "b.jsonl"}}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(spec))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tests = [{**row, "id": f"b{i}", "claim": "It works." if i < 2 else "It harms."} for i, row in enumerate(rows)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tests))
+    with caplog.at_level(logging.WARNING):
+        load_task(tmp_path)
+    assert "tiny/test: 2 of its 6 texts stand in the training split too" in caplog.text

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +40,7 @@ from clsgen.explaining_clsgen import NoRepeatBehindPrompt
 from clsgen.frozen_layers import FrozenLayers, first_trained_layer
 from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
+from clsgen.resuming import TrainingClock
 from clsgen.train_sft_cls import ModelArguments, lora_config
 from clsgen.training_rows import hard_labels
 
@@ -51,23 +51,6 @@ MAX_BATCH_TOKENS = 8192
 COMMON = {
     "lora_first_layer": 0, "lora_r": 16, "lora_alpha": 32, "batch_size": 4, "max_prompt_length": 1024,
 }  # fmt: skip
-
-
-class _Clock(TrainerCallback):
-    """Seconds of a training, those before its last checkpoint included where it was cut."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self.before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
-        self.start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """So far."""
-        return self.before + time.perf_counter() - self.start
-
-    def on_save(self, *args, **kwargs) -> None:
-        write_json(self.file, self.seconds)
 
 
 class _FineTuned(Baseline):
@@ -91,7 +74,7 @@ class _FineTuned(Baseline):
         else:
             training = folder / "training"
             training.mkdir(parents=True, exist_ok=True)
-            clock = _Clock(training / "seconds.json")
+            clock = TrainingClock(training / "seconds.json")
             model, chosen = self.train(model, training, [clock])
             found = {"chosen": chosen, "seconds": clock.seconds}
             model.save_pretrained(folder)
