@@ -250,8 +250,8 @@ def markdown(rows: list[Row]) -> str:
         "# Side by side",
         "",
         "Made by `python -m benchmarks.table` from the result files in this folder; each holds the command that makes "
-        "it again, its commit, and for a baseline what it searched over (`settings`, `chosen`). An ablation changes "
-        "the recipe of then (`ablation-former-recipe`: before the LM learned the head's verdicts, and before head and "
+        "it again, its commit (not the oldest), and for a baseline what it searched over (`settings`, `chosen`). An "
+        "ablation changes the recipe of then (`ablation-former-recipe`: before the LM learned the head's verdicts, and before head and "
         "LM were clipped apart). Test splits; mean over seeds (`auroc_std`: sample standard deviation). An empty cell "
         "has not been measured, or is undefined. `ece_by_chance` is the mean calibration error that a perfectly "
         "calibrated model with these probabilities shows on so few rows (Bröcker and Smith, 2007). Alignment is by "
