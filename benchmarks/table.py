@@ -249,17 +249,17 @@ def markdown(rows: list[Row]) -> str:
     lines = [
         "# Side by side",
         "",
-        "Made by `python -m benchmarks.table` from the result files in this folder; each holds the command that makes "
-        "it again, its commit (not the oldest), and for a baseline what it searched over (`settings`, `chosen`). An "
-        "ablation changes the recipe of then (`ablation-former-recipe`: before the LM learned the head's verdicts, and before head and "
-        "LM were clipped apart). Test splits; mean over seeds (`auroc_std`: sample standard deviation). An empty cell "
-        "has not been measured, or is undefined. `ece_by_chance` is the mean calibration error that a perfectly "
-        "calibrated model with these probabilities shows on so few rows (Bröcker and Smith, 2007). Alignment is by "
-        f"the judge `{JUDGE}`, over the `judged_share` of the rows that have words for it; `judge_accuracy` is its "
-        "own, on the teacher's validation explanations. `auroc_alignment_no_verdict` is by one that does not see "
-        "the last sentence, where the verdict stands. `train_seconds` and `texts_per_second` are wall time on one or "
-        "two CPU cores, often beside other work: orders of magnitude. For `clsgen-*` and ablations, `train_seconds` "
-        "takes in scoring the test split.",
+        "Made by `python -m benchmarks.table` from the result files in this folder; each holds the command that "
+        "makes it again, its commit (not the oldest), and for a baseline what it searched over (`settings`, "
+        "`chosen`). An ablation changes the recipe of then (`ablation-former-recipe`: before the LM learned the "
+        "head's verdicts, and before head and LM were clipped apart). Test splits; mean over seeds (`auroc_std`: "
+        "sample standard deviation). An empty cell has not been measured, or is undefined. `ece_by_chance` is the "
+        "mean calibration error that a perfectly calibrated model with these probabilities shows on so few rows "
+        f"(Bröcker and Smith, 2007). Alignment is by the judge `{JUDGE}`, over the `judged_share` of the rows that "
+        "have words for it; `judge_accuracy` is its own, on the teacher's validation explanations. "
+        "`auroc_alignment_no_verdict` is by one that does not see the last sentence, where the verdict stands. "
+        "`train_seconds` and `texts_per_second` are wall time on one or two CPU cores, often beside other work: "
+        "orders of magnitude. For `clsgen-*` and ablations, `train_seconds` takes in scoring the test split.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
