@@ -22,10 +22,11 @@ NEWEST = "true"  # the newest checkpoint of this run, and no path
 # Arguments that say where, how long and with how much talk, and what happens after the last step.
 _FREE = {
     "task", "data_dir", "output_dir", "results_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps",
-    "num_examples", "save_adapter", "report_to", "run_name", "project", "disable_tqdm", "model_license",
-    "i_may_publish_credentialed_data", "dataset_num_proc", "cache_frozen_layers", "load_best_model_at_end",
-    "metric_for_best_model", "greater_is_better", "early_stopping_patience", "explanation_no_repeat_ngram_size",
-    "explanation_guidance_scale", *(of_calibration.name for of_calibration in fields(CalibrationArguments)),
+    "per_device_eval_batch_size", "num_examples", "save_adapter", "report_to", "run_name", "project",
+    "disable_tqdm", "model_license", "i_may_publish_credentialed_data", "dataset_num_proc", "cache_frozen_layers",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
+    "explanation_no_repeat_ngram_size", "explanation_guidance_scale", *(each.name for each in
+    fields(CalibrationArguments)),
 }  # fmt: skip
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "ddp_", "trackio_")
 
@@ -102,12 +103,14 @@ class TrainingClock(TrainerCallback):
 
     Args:
         file (`Path`): Where they are kept.
-        goes_on (`bool`, *optional*, defaults to `True`): Whether what is found there counts.
+        goes_on (`bool`, *optional*, defaults to `True`): Whether what is found there counts, or is removed.
     """
 
     def __init__(self, file: Path, goes_on: bool = True):
         self.file = file
-        self.before = json.loads(file.read_text(encoding="utf-8")) if goes_on and file.is_file() else 0.0
+        if not goes_on:
+            file.unlink(missing_ok=True)
+        self.before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
         self.start = time.perf_counter()
 
     @property

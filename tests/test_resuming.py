@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_train_sft_cls import command, task_folder  # noqa: F401
 
 from clsgen.atomic_io import write_json
-from clsgen.resuming import NEWEST, claim_folder, last_complete_checkpoint, resumption, run_of
+from clsgen.resuming import NEWEST, TrainingClock, claim_folder, last_complete_checkpoint, resumption, run_of
 from clsgen.tasks import Task
 from clsgen.train_sft_cls import main
 
@@ -130,6 +130,9 @@ def test_seconds_before_a_kill_count(tmp_path, task_folder, backbones):  # noqa:
     assert json.loads((output / "metrics.json").read_text())["wall_seconds"] > 1000
     main(command(task_folder, backbones["llama"], output, "--num_examples", "0"))
     assert json.loads((output / "metrics.json").read_text())["wall_seconds"] < 1000
+    (output / "seconds.json").write_text("1000.0")
+    assert TrainingClock(output / "seconds.json", goes_on=False).seconds < 1000  # killed before it had saved anything,
+    assert TrainingClock(output / "seconds.json").seconds < 1000  # a fresh run does not go on from an earlier one's
 
 
 def test_what_cannot_be_is_said_before_training(task_folder, backbones, tmp_path):  # noqa: F811
