@@ -326,7 +326,7 @@ def stream_pieces(
 
 
 def _without_verdict_line(
-    pieces: Iterable[str], prompt: TaskPrompt, given: int | None
+    pieces: Iterable[str], prompt: TaskPrompt, given: int | None = None
 ) -> Generator[str, None, tuple[int | None, str]]:
     """Yields what [`split_words`] leaves of a text that comes in pieces, and returns what it finds."""
     text, told = "", 0

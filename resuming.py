@@ -25,8 +25,8 @@ _FREE = {
     "per_device_eval_batch_size", "num_examples", "save_adapter", "report_to", "run_name", "project",
     "disable_tqdm", "model_license", "i_may_publish_credentialed_data", "dataset_num_proc", "cache_frozen_layers",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
-    "explanation_no_repeat_ngram_size", "explanation_guidance_scale", *(each.name for each in
-    fields(CalibrationArguments)),
+    "explanation_no_repeat_ngram_size", "explanation_guidance_scale",
+    *(each.name for each in fields(CalibrationArguments)),
 }  # fmt: skip
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "ddp_", "trackio_")
 

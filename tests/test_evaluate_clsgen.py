@@ -412,7 +412,7 @@ def test_a_model_without_finite_probabilities_is_refused(model, task, tmp_path):
     with torch.no_grad():
         model.cls_head.bias.fill_(math.nan)
     folder = str(write_checkpoint(model, tmp_path / "broken", REPORT))
-    with pytest.raises(ValueError, match="logit is not a number"):
+    with pytest.raises(ValueError, match="reading is not a number"):
         evaluate(folder, task, tmp_path / "out")
 
 
