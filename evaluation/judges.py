@@ -235,10 +235,10 @@ class OpenAIJudge(Judge):
         self._answers: dict[str, float | None] = {}
         self._journal = None
         if folder is not None:
-            asked = {"judge": self.name, "base_url": base_url, "instruction": self._instruction}
-            digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+            asked = json.dumps([self.name, base_url, self._instruction])  # an address may hold a password
+            digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
             folder.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(folder / f"judge-{digest}.jsonl", asked)
+            self._journal = Journal(folder / f"judge-{digest}.jsonl", {"judge": self.name, "asked": digest})
             self._answers = {line["explanation"]: line["answer"] for line in self._journal}
 
     def probabilities(self, texts: list[str]) -> list[float | None]:
@@ -359,7 +359,7 @@ def make_judge(spec: str, task: Task, folder: Path | None = None) -> Judge:
         judge = TfidfJudge(spec, prompt, keeps_verdict=spec == "tfidf").fit(*teacher_explanations(task, "train"))
     elif kind == "openai" and rest:
         model, _, base_url = rest.partition("@")
-        judge = OpenAIJudge(model, prompt, base_url or None, task.credentialed)
+        judge = OpenAIJudge(model, prompt, base_url or None, credentialed=task.credentialed, folder=folder)
     elif kind == "lm" and rest:
         judge = _local_lm_judge(spec, rest, prompt)
     else:

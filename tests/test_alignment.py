@@ -277,13 +277,18 @@ class TestOpenAI:
         assert len(requests) == 4  # three, and one again after the failure
         assert not any("Verdict" in request["messages"][1]["content"] for request in requests)
 
-    def test_through_make_judge(self, api, monkeypatch):
+    def test_through_make_judge(self, api, monkeypatch, tmp_path):
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
         rows = [{"explanation": f"It is {word}.", "label": label} for word, label in (("good", 1.0), ("bad", 0.0))]
         task = Task("my_own", PROMPT, ("no", "yes"), DatasetDict(validation=Dataset.from_list(rows)))
-        judge = make_judge(f"openai:m@{api[0]}", task)
+        judge = make_judge(f"openai:m@{api[0]}", task, tmp_path)
         assert judge.fitness.accuracy == 1.0
         assert "secret" not in json.dumps(judge.describe())
+        asked = len(api[1])
+        assert make_judge(f"openai:m@{api[0]}", task, tmp_path).fitness == judge.fitness
+        assert len(api[1]) == asked
+        (kept,) = tmp_path.iterdir()
+        assert "127.0.0.1" not in kept.read_text(encoding="utf-8")
 
     @pytest.mark.parametrize(
         ("reply", "answer"),
