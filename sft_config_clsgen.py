@@ -15,8 +15,8 @@ class ClsGenSFTConfig(SFTConfig):
         verdict_weight (`float`, *optional*, defaults to 0.0): Weight of a third loss: cross-entropy of the LM's own
             verdict (what `lm_probability` reads) against the head's probability, so that free words say what the
             number says. The verdict's token is then no part of the LM's loss.
-        verdict_texts (`int`, *optional*, defaults to 0): New texts made of each training row's for that loss, see
-            [`text_variants.with_variants`].
+        verdict_texts (`int`, *optional*, defaults to 0): New texts made of each training row's for that loss, others
+            in each epoch, see [`text_variants.with_variants`].
         pos_weight (`str`, *optional*, defaults to `"none"`): Weight of the positive class in the BCE loss: `"none"`,
             `"balanced"` (negatives / positives of the training rows) or a number. Undone at inference.
         cls_learning_rate (`float`, *optional*): Learning rate of the head; `learning_rate` by default.
@@ -41,7 +41,8 @@ class ClsGenSFTConfig(SFTConfig):
         default=0.0, metadata={"help": "Weight of the loss that teaches the LM the head's verdict."}
     )
     verdict_texts: int = field(
-        default=0, metadata={"help": "New texts a training row on which the LM learns the head's verdict."}
+        default=0,
+        metadata={"help": "New texts a training row and epoch on which the LM learns the head's verdict."},
     )
     pos_weight: str = field(
         default="none", metadata={"help": "Weight of the positive class: 'none', 'balanced' or a number."}
@@ -97,6 +98,11 @@ class ClsGenSFTConfig(SFTConfig):
             raise ValueError(
                 f"`verdict_texts` must be at least 0, and needs a `verdict_weight` above 0, got {self.verdict_texts} "
                 f"with {self.verdict_weight}."
+            )
+        if self.verdict_texts and self.train_sampling_strategy not in ("random", "group_by_length"):
+            raise ValueError(
+                "`verdict_texts` are others in each epoch, which needs `train_sampling_strategy` 'random' or "
+                f"'group_by_length', got {self.train_sampling_strategy!r}."
             )
         if self.pos_weight not in ("none", "balanced"):
             try:

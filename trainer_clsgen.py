@@ -3,7 +3,6 @@
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from clsgen.classification_metrics import classification_metrics
+from clsgen.epoch_sampler import EpochSampler
 from clsgen.frozen_layers import FrozenLayers, first_trained_layer
 from clsgen.losses_clsgen import IGNORE_INDEX, supervised_positions, verdict_loss, verdict_positions
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
@@ -66,7 +65,9 @@ def resolve_pos_weight(pos_weight: str, rows: Dataset, cls_bias: bool) -> float:
 def encode_split(dataset: Dataset, encoder: PromptEncoder, args: ClsGenSFTConfig, name: str) -> Dataset:
     """[`encode_rows`] as the arguments want it; the `"train"` split gets its `verdict_texts`."""
     if name == "train":
-        dataset = with_variants(dataset, encoder.prompt, args.verdict_texts, args.seed)
+        dataset = with_variants(
+            dataset, encoder.prompt, args.verdict_texts, math.ceil(args.num_train_epochs), args.seed
+        )
     return encode_rows(
         dataset,
         encoder,
@@ -76,23 +77,6 @@ def encode_split(dataset: Dataset, encoder: PromptEncoder, args: ClsGenSFTConfig
         num_proc=args.dataset_num_proc,
         teach_verdicts=args.verdict_weight > 0,
     )
-
-
-class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """A [`LengthGroupedSampler`] whose order depends on seed and epoch alone, so that a resumed run sees the same."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by `Trainer` at the start of each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
 
 
 class ClsGenSFTTrainer(SFTTrainer):
@@ -199,16 +183,19 @@ class ClsGenSFTTrainer(SFTTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["input_ids", *TOKEN_COLUMNS, "seq_lengths"]
+        self._signature_columns = ["input_ids", *TOKEN_COLUMNS, "seq_lengths", "epoch"]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        if not by_length and not self.args.verdict_texts:
             return super()._get_train_sampler(train_dataset)
-        lengths = [len(ids) for ids in train_dataset["input_ids"]]
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        epochs = train_dataset["epoch"] if "epoch" in train_dataset.column_names else [None] * len(train_dataset)
+        lengths = [len(ids) for ids in train_dataset["input_ids"]] if by_length else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededLengthGroupedSampler(batch_size, lengths, seed)
+        return EpochSampler(
+            list(epochs), seed, lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps
+        )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler:
         return SequentialSampler(eval_dataset)  # predictions come in row order, whatever training does

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from numpy.typing import ArrayLike
 from transformers.data.data_collator import DataCollatorMixin
 from trl import pack_dataset
@@ -55,7 +55,8 @@ def encode_rows(
 
     Returns:
         `Dataset` with `input_ids`, `labels` (-100 on the prompt), `cls_labels` (-100 but at the decision token),
-        `length`; with `teach_verdicts` also `verdicts` (true at decision tokens that the verdict loss starts from).
+        `length`; with `teach_verdicts` also `verdicts` (true at decision tokens that the verdict loss starts from);
+        and `epoch`, where `dataset` has it.
 
     Raises:
         ValueError: for columns that are missing; for a row with a text that cannot be encoded, a label that is none,
@@ -111,7 +112,7 @@ def encode_rows(
     encoded = dataset.map(
         encode,
         with_indices=True,
-        remove_columns=dataset.column_names,
+        remove_columns=[name for name in dataset.column_names if name != "epoch"],
         num_proc=num_proc,
         desc=f"Tokenizing {name}",
         load_from_cache_file=False,
@@ -150,6 +151,8 @@ def token_columns(names: Iterable[str]) -> list[str]:
 def pack_rows(rows: Dataset, max_length: int, seed: int | None = None) -> Dataset:
     """Packs encoded rows into sequences of at most `max_length` tokens, whole rows only (best fit decreasing).
 
+    Rows share a sequence only with those of their `epoch`, where they have one.
+
     Raises:
         ValueError: where a row is longer than `max_length`, or a label would be lost.
     """
@@ -159,7 +162,17 @@ def pack_rows(rows: Dataset, max_length: int, seed: int | None = None) -> Datase
             f"A row of {longest} tokens does not fit into packed sequences of {max_length}: raise `max_length`."
         )
     before = label_counts(rows)
-    packed = pack_dataset(rows.select_columns(["input_ids", *token_columns(rows.column_names)]), max_length, "bfd")
+    columns = ["input_ids", *token_columns(rows.column_names)]
+    if "epoch" in rows.column_names:
+        epochs = rows["epoch"][:]
+        packed = []
+        for epoch in dict.fromkeys(epochs):
+            part = rows.select([i for i, other in enumerate(epochs) if other == epoch])
+            part = pack_dataset(part.select_columns(columns), max_length, "bfd")
+            packed.append(part.add_column("epoch", [epoch] * len(part), feature=rows.features["epoch"]))
+        packed = concatenate_datasets(packed)
+    else:
+        packed = pack_dataset(rows.select_columns(columns), max_length, "bfd")
     after = label_counts(packed)
     if after != before:
         raise ValueError(f"Packing would lose labels: {before} before, {after} after.")

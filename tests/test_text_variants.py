@@ -1,10 +1,16 @@
 """Texts that nobody labelled: made of the training split's, every field in its place, the same for the same seed."""
 
-from test_training import arguments
+from itertools import accumulate, pairwise
 
+import pytest
+from test_training import arguments
+from transformers import TrainerCallback
+
+from clsgen.epoch_sampler import EpochSampler
 from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.text_variants import with_variants
 from clsgen.trainer_clsgen import ClsGenSFTTrainer
+from clsgen.training_rows import encode_rows, pack_rows
 
 PROMPT = TaskPrompt(template="{claim} / {findings}", document="findings")
 ONE_FIELD = TaskPrompt(template="{findings}", document="findings")
@@ -13,8 +19,8 @@ ONE_FIELD = TaskPrompt(template="{findings}", document="findings")
 def test_rows_stay_and_variants_follow_by_turns(task_rows):
     rows = task_rows.map(lambda row: {"findings": f"One of {row['id']}. Two of it. Three (p = 0.03). Four."})
     found = with_variants(rows, PROMPT, 2, seed=1)
-    assert found.column_names == rows.column_names
-    assert found.select(range(len(rows))).to_list() == rows.to_list()
+    assert found.column_names == [*rows.column_names, "epoch"]
+    assert found.select(range(len(rows))).to_list() == [{**row, "epoch": None} for row in rows]
     variants = found.select(range(len(rows), len(found))).to_list()
     assert len(variants) == 2 * len(rows)
     assert all(variant["label"] is None and variant["explanation"] is None for variant in variants)
@@ -33,16 +39,69 @@ def test_rows_stay_and_variants_follow_by_turns(task_rows):
 
 
 def test_one_seed_draws_the_same_and_one_field_is_enough(task_rows):
-    assert with_variants(task_rows, PROMPT, 3, 0).to_list() == with_variants(task_rows, PROMPT, 3, 0).to_list()
-    assert with_variants(task_rows, PROMPT, 3, 0).to_list() != with_variants(task_rows, PROMPT, 3, 1).to_list()
-    assert with_variants(task_rows, PROMPT, 0) is task_rows
+    once = with_variants(task_rows, PROMPT, 3, seed=0).to_list()
+    assert once == with_variants(task_rows, PROMPT, 3, seed=0).to_list()
+    assert once != with_variants(task_rows, PROMPT, 3, seed=1).to_list()
+    assert with_variants(task_rows, PROMPT, 0) is with_variants(task_rows, PROMPT, 3, epochs=0) is task_rows
     texts = task_rows.select_columns(["findings"])
     assert all(row["findings"] for row in with_variants(texts, ONE_FIELD, 1))
 
 
-def test_the_trainer_adds_them_to_the_training_rows_alone(model, task_rows, tmp_path):
-    settings = {"verdict_weight": 1.0, "verdict_texts": 2}
+class BatchRecorder(TrainerCallback):
+    """Keeps the rows of ids that each epoch's steps were fed."""
+
+    def __init__(self, trainer):
+        self.epochs, collator = [], trainer.data_collator
+
+        def collate(rows):
+            self.epochs[-1] += [tuple(row["input_ids"]) for row in rows]
+            return collator(rows)
+
+        trainer.data_collator = collate
+        trainer.add_callback(self)
+
+    def on_epoch_begin(self, *args, **kwargs):
+        self.epochs.append([])
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_each_epoch_has_the_training_rows_and_texts_of_its_own(model, task_rows, tmp_path, strategy):
+    settings = {"verdict_weight": 1.0, "verdict_texts": 2, "max_steps": -1, "num_train_epochs": 2}
+    settings |= {"train_sampling_strategy": strategy}
     trainer = ClsGenSFTTrainer(model, arguments(tmp_path, **settings), task_rows, eval_dataset=task_rows)
-    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (3 * len(task_rows), len(task_rows))
-    assert sum(map(sum, trainer.train_dataset["verdicts"][len(task_rows) :])) == 2 * len(task_rows)
+    rows = [tuple(ids) for ids in trainer.train_dataset["input_ids"]]
+    assert (len(rows), len(trainer.eval_dataset)) == (5 * len(task_rows), len(task_rows))
+    assert sum(map(sum, trainer.train_dataset["verdicts"][len(task_rows) :])) == 4 * len(task_rows)
+    recorder = BatchRecorder(trainer)
     assert trainer.train().training_loss > 0
+    labelled, texts = rows[: len(task_rows)], rows[len(task_rows) :]
+    half = len(texts) // 2
+    assert [sorted(epoch) for epoch in recorder.epochs] == [
+        sorted(labelled + texts[:half]), sorted(labelled + texts[half:])
+    ]  # fmt: skip
+    assert recorder.epochs[0] != labelled + texts[:half]
+
+
+def test_packing_keeps_the_texts_of_epochs_apart(model, task_rows):
+    rows = encode_rows(with_variants(task_rows, PROMPT, 2, epochs=3), model.encoder, 60, True, teach_verdicts=True)
+    packed = pack_rows(rows, 800, seed=0)
+    assert len(packed) < len(rows)
+    for epoch in (None, 0, 1, 2):
+        of_epoch = {tuple(ids) for ids, e in zip(rows["input_ids"], rows["epoch"], strict=True) if e == epoch}
+        for ids, lengths, e in zip(packed["input_ids"], packed["seq_lengths"], packed["epoch"], strict=True):
+            starts = [0, *accumulate(lengths)]
+            if e == epoch:
+                assert {tuple(ids[a:b]) for a, b in pairwise(starts)} <= of_epoch
+    sampler = EpochSampler(list(packed["epoch"]), seed=0)
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert len(order) == len(sampler)
+        assert {packed["epoch"][i] for i in order} == {None, epoch % 3}
+        assert {i for i, e in enumerate(packed["epoch"]) if e in (None, epoch % 3)} == set(order)
+    assert list(sampler) == list(sampler)
+
+
+def test_an_order_without_epochs_of_its_own_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="others in each epoch, which needs `train_sampling_strategy`"):
+        arguments(tmp_path, verdict_weight=1.0, verdict_texts=2, train_sampling_strategy="sequential")
