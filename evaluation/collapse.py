@@ -17,7 +17,9 @@ GENERAL_TEXT = Path(__file__).resolve().parent / "general_text.txt"
 MAX_PROMPT_LENGTH = 864
 
 
-def perplexity(model: Any, prompts: Sequence[list[int]], continuations: Sequence[list[int]]) -> float:
+def perplexity(
+    model: Any, prompts: Sequence[list[int]], continuations: Sequence[list[int]], description: str | None = None
+) -> float:
     """`exp` of the mean negative log-likelihood of a token of the continuations; nan without any token.
 
     A model that diverged may have an infinite one.
@@ -25,11 +27,12 @@ def perplexity(model: Any, prompts: Sequence[list[int]], continuations: Sequence
     Args:
         model (`PreTrainedModel`): A causal LM.
         prompts, continuations (`Sequence[list[int]]`): Ids; prompts are not scored.
+        description (`str`, *optional*): Of a progress bar; none without.
     """
     tokens = sum(map(len, continuations))
     if not tokens:
         return math.nan
-    mean = sum(continuation_log_likelihoods(model, prompts, continuations)) / tokens
+    mean = sum(continuation_log_likelihoods(model, prompts, continuations, description=description)) / tokens
     with np.errstate(over="ignore"):
         return float(np.exp(-mean))
 
@@ -70,7 +73,10 @@ def perplexity_report(
     sets = {"general": _general_rows(tokenizer), "explanations": explanations}
     report: dict[str, Any] = {"undefined": {}}
     for name, (prompts, continuations) in sets.items():
-        ours, theirs = (perplexity(lm, prompts, continuations) for lm in (model, backbone))
+        ours, theirs = (
+            perplexity(lm, prompts, continuations, f"Perplexity of {whose}, {name}")
+            for lm, whose in ((model, "the model"), (backbone, "its backbone"))
+        )
         tokens = sum(map(len, continuations))
         report[name] = {
             "perplexity": ours,
