@@ -188,8 +188,8 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
             max_batch_tokens (`int`, *optional*, defaults to 16384): Most prompt tokens of a batch, padding included.
             mode (`"guided"` or `"free"`, *optional*): `"guided"` starts the explanation from the verdict line of its
                 decision, `"free"` gives the LM no hint: it writes a line of its own (with the config's
-                `explanation_guidance_scale`, that which `lm_probability` decides for at the threshold). Defaults to
-                the config's `explanation_mode`.
+                `lm_reading_weight` or `explanation_guidance_scale`, that which `lm_probability` decides for at the
+                threshold). Defaults to the config's `explanation_mode`.
             generate_kwargs: For `generate`, over the stored generation config; e.g. `max_new_tokens`, `do_sample`.
 
         Returns:
@@ -280,10 +280,14 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
         return rule.predict(prefill.cls_logits, truncated, prior, readings)
 
     def _verdicts(self, predictions: list[Prediction], mode: str) -> list[int] | None:
-        """Labels of the verdict lines that explanations are to begin with; `None` where the LM writes its own."""
+        """Labels of the verdict lines that explanations are to begin with; `None` where the LM writes its own.
+
+        What the LM writes is what it finds likelier than one half. Where its reading counts, in the number or for
+        guidance, it is held to the number's threshold: one for a high sensitivity would else make words contradict.
+        """
         if mode == "guided":
             return [prediction.label_id for prediction in predictions]
-        if self.config.explanation_guidance_scale == 1:
+        if self.config.explanation_guidance_scale == 1 and not self.config.lm_reading_weight:
             return None
         return [int(prediction.lm_probability >= prediction.threshold) for prediction in predictions]
 

@@ -30,7 +30,7 @@ ABLATIONS = {
     "head-alone": ["--lm_reading_weight", "0"],
     "no-verdict-loss": ["--verdict_weight", "0", "--verdict_texts", "0"],
     "no-verdict-texts": ["--verdict_texts", "0"],
-    "verdict-texts-6-lm-reading-0.6": ["--verdict_texts", "6", "--lm_reading_weight", "0.6"],
+    "verdict-texts-6": ["--verdict_texts", "6"],
     "no-verdict-line": ["--explanation_mode", "free", "--verdict_weight", "0", "--verdict_texts", "0"],
     "no-warm-start": ["--warm_start", "false"],
     "decision-token": ["--cls_reads", "18:decision"],

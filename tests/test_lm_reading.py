@@ -60,14 +60,20 @@ def test_every_way_to_ask_gives_the_same_number(pooled, texts):
 
 @pytest.mark.parametrize("mode", ["guided", "free"])
 def test_words_are_those_behind_an_unread_prompt(pooled, texts, mode):
-    """Reading the verdict lines leaves nothing behind in the cache."""
-    prediction = pooled.classify_and_explain(texts, mode=mode, max_new_tokens=8)[1]
-    ids = pooled.encoder.encode(texts[1]).input_ids
-    if mode == "guided":
-        ids = ids + pooled.encoder.encode_verdict(prediction.label_id)
+    """Reading the verdict lines leaves nothing behind in the cache; free words begin at the number's threshold."""
+    own = pooled.classify(texts)[1].lm_probability
+    for pooled.config.threshold in (own - 1e-3, own + 1e-3):
+        prediction = pooled.classify_and_explain(texts, mode=mode, max_new_tokens=8)[1]
+        label = prediction.label_id if mode == "guided" else int(own >= pooled.config.threshold)
+        assert prediction.explained_label == pooled.config.label_names[label]
+        assert prediction.explanation == words_behind(pooled, texts[1], label)
+
+
+def words_behind(pooled, text, label):
+    ids = pooled.encoder.encode(text).input_ids + pooled.encoder.encode_verdict(label)
     generated = pooled.generate(torch.tensor([ids]), max_new_tokens=8)[0, len(ids) :]
     expected = pooled.tokenizer.decode(generated, skip_special_tokens=True)
-    assert prediction.explanation == pooled.encoder.prompt.split_verdict_line(expected)[1]
+    return pooled.encoder.prompt.split_verdict_line(expected)[1]
 
 
 def test_attributions_are_of_the_number(pooled):
