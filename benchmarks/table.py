@@ -252,7 +252,7 @@ def markdown(rows: list[Row]) -> str:
         "Made by `python -m benchmarks.table` from the result files in this folder; each holds the command that "
         "makes it again, its commit (not the oldest), and for a baseline what it searched over (`settings`, "
         "`chosen`). An ablation changes the recipe of then (`ablation-former-recipe`: before the LM learned the "
-        "head's verdicts, and before head and LM were clipped apart; `ablation-two-texts-head-alone`: the one after it, "
+        "head's verdicts, and before head and LM were clipped apart; `ablation-two-texts-head-alone`: the next one, "
         "with two new texts a row, the same in both epochs, and the head alone in the number; "
         "`ablation-no-verdict-texts`, `-lm-reading-0.5` and `-verdict-texts-6-lm-reading-0.6` change that one). Test "
         "splits; mean over seeds (`auroc_std`: sample standard deviation). An empty cell has not been measured, or is "
