@@ -54,7 +54,7 @@ def check_launch(
         )
     if lm_reading_weight and (fsdp or is_deepspeed_zero3_enabled()):
         raise ValueError(
-            "The LM's reading needs whole weights in each process. Train without `--lm_reading_weight`; "
+            "The LM's reading needs whole weights in each process. Train with `--lm_reading_weight 0`; "
             "`calibrate_clsgen.py --lm_reading_weight` gives it to the finished checkpoint."
         )
     if fsdp and training.num_train_epochs == 0 and training.max_steps <= 0:

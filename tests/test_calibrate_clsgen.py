@@ -19,7 +19,8 @@ def trained(backbones, tmp_path_factory, request):
     """A checkpoint, and the task that it was trained on."""
     folder = tmp_path_factory.mktemp("trained")
     task = task_folder.__wrapped__(folder)
-    train([*command(task, backbones["llama"], folder / "out"), "--verdict_weight", "1"])
+    settings = ["--verdict_weight", "1", "--lm_reading_weight", "0"]
+    train([*command(task, backbones["llama"], folder / "out"), *settings])
     return folder / "out" / "model", task
 
 

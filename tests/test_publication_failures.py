@@ -302,7 +302,8 @@ def test_training_publishes_the_finished_checkpoint(hub, made, backbones, tmp_pa
         "--task", str(made / "tiny_task"), "--model_name_or_path", backbones["llama"], "--output_dir",
         str(tmp_path / "out"), "--max_length", "300", "--max_explanation_length", "40", "--max_steps", "2",
         "--save_strategy", "no", "--lora_first_layer", "0", "--lora_r", "2", "--num_examples", "1",
-        "--cls_reads=-1:decision", "--cls_bias", "false", "--push_to_hub", "true", "--hub_token", TOKEN,
+        "--cls_reads=-1:decision", "--cls_bias", "false", "--lm_reading_weight", "0", "--push_to_hub", "true",
+        "--hub_token", TOKEN,
     ]  # fmt: skip
     with pytest.raises(ValueError, match="--hub_model_id"):
         train(command)
