@@ -4,9 +4,10 @@ python -m benchmarks.inference --data_dir CliniFact
 python -m benchmarks.inference --only memory      # one comparison; the others' results stay
 
 `generate` is the same model's, apart from CLSGen's own methods: linear layers by torch's kernels, and a cache that it
-fills itself. Ratios of speed (`classify_vs_*`, `batch_explain_vs_generate`, `int8_vs_float32_latency`,
-`onednn_vs_torch_linear`) are ours over the peer's, higher is better; ratios of time and memory (`explain_vs_*`,
-`guidance_vs_none`, `classify_peak_memory_*`) are ours over the peer's, lower is better.
+fills itself. The number is the head's alone, but in `reading`, where the LM's reading is a part of it. Ratios of speed
+(`classify_*vs_*`, `batch_explain_vs_generate`, `int8_vs_float32_latency`, `onednn_vs_torch_linear`) are ours over the
+peer's, higher is better; ratios of time and memory (`explain_vs_*`, `guidance_vs_none`, `classify_peak_memory_*`) are
+ours over the peer's, lower is better.
 """
 
 import argparse
@@ -34,7 +35,9 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"
 BATCH_SIZES = (1, 4, 8, 16)
 NEW_TOKENS = 64
-COMPARISONS = ("explain", "guidance", "linear", "int8", "batch", "classify", "memory", "two_pass", "clinifact")
+COMPARISONS = (
+    "explain", "guidance", "linear", "int8", "batch", "classify", "reading", "memory", "two_pass", "clinifact",
+)  # fmt: skip
 logger = logging.getLogger("benchmarks.inference")
 
 
@@ -97,6 +100,7 @@ def compare_classify(model: Any, texts: list[dict[str, str]], backbone: str, rep
         "median_texts_per_second": {name: len(texts) / value for name, value in middle.items()},
         "pipeline_batch_size": best,
         "cls_reads": model.config.cls_reads,
+        "lm_reading_weight": model.config.lm_reading_weight,
         "seconds": seconds,
     }
 
@@ -320,6 +324,10 @@ def main() -> None:
     repeats, backbone = arguments.repeats, arguments.backbone
     model = load(arguments.model)
     texts = texts_of("trial_claims", None, ("train",), 256)
+    if "reading" in wanted:
+        model.config.lm_reading_weight = 0.5  # any above 0 takes as long
+        found["classify_with_lm_reading_vs_pipeline"] = compare_classify(model, texts[:64], backbone, repeats)
+    model.config.lm_reading_weight = 0.0
     if "classify" in wanted:
         found["classify_vs_pipeline_trial_claims"] = compare_classify(model, texts, backbone, repeats)
     if "explain" in wanted:
