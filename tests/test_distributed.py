@@ -50,7 +50,7 @@ def flags(task_folder, backbone, output, *more):
         "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential", "use_cpu": "true", "seed": 0,
         "logging_steps": 1, "num_examples": 0, "report_to": "none", "learning_rate": 1e-3, "warmup_steps": 0,
         "per_device_eval_batch_size": 4, "save_total_limit": 2, "lora_dropout": 0.0,
-        "activation_checkpointing": "false",
+        "activation_checkpointing": "false", "verdict_texts": 0, "lm_reading_weight": 0,
     }  # fmt: skip
     chosen = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
     reads = ["--cls_reads", "2:mean", "3:decision"]
