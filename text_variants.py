@@ -6,6 +6,7 @@ from datasets import Dataset, Value, concatenate_datasets
 
 from clsgen.attribution_clsgen import sentence_spans
 from clsgen.prompting_clsgen import TaskPrompt
+from clsgen.training_rows import EPOCH
 
 KEPT_SENTENCES = 0.6  # of a document, on average
 
@@ -26,7 +27,7 @@ def with_variants(rows: Dataset, prompt: TaskPrompt, count: int, epochs: int = 1
 
     Returns:
         `Dataset` of the same columns; those that are no field are null in the new rows, but for `id`. With new rows
-        there is one column more, `epoch`: which one a row is for, null for all.
+        there is one column more, `EPOCH`: which one a row is for, null for all.
     """
     draw, texts = random.Random(seed), rows.select_columns(prompt.fields).to_list()
     ids = rows["id"] if "id" in rows.column_names else range(len(rows))
@@ -37,11 +38,11 @@ def with_variants(rows: Dataset, prompt: TaskPrompt, count: int, epochs: int = 1
                 fields = {**draw.choice(texts), prompt.document: text[prompt.document]}
             else:
                 fields = {**text, prompt.document: _some_sentences(text[prompt.document], draw)}
-            row = {**dict.fromkeys(rows.column_names), **fields, "epoch": turn // count}
+            row = {**dict.fromkeys(rows.column_names), **fields, EPOCH: turn // count}
             variants.append({**row, "id": f"{name}/variant-{turn}"} if "id" in row else row)
     if not variants:
         return rows
-    rows = rows.add_column("epoch", [None] * len(rows), feature=Value("int64"))
+    rows = rows.add_column(EPOCH, [None] * len(rows), feature=Value("int64"))
     return concatenate_datasets([rows, Dataset.from_list(variants, features=rows.features)])
 
 

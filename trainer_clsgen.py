@@ -25,6 +25,7 @@ from clsgen.prompting_clsgen import PromptEncoder
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.text_variants import with_variants
 from clsgen.training_rows import (
+    EPOCH,
     TOKEN_COLUMNS,
     DataCollatorForClsGen,
     encode_rows,
@@ -183,14 +184,14 @@ class ClsGenSFTTrainer(SFTTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["input_ids", *TOKEN_COLUMNS, "seq_lengths", "epoch"]
+        self._signature_columns = ["input_ids", *TOKEN_COLUMNS, "seq_lengths", EPOCH]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         by_length = self.args.train_sampling_strategy == "group_by_length"
         if not by_length and not self.args.verdict_texts:
             return super()._get_train_sampler(train_dataset)
-        epochs = train_dataset["epoch"] if "epoch" in train_dataset.column_names else [None] * len(train_dataset)
+        epochs = train_dataset[EPOCH] if EPOCH in train_dataset.column_names else [None] * len(train_dataset)
         lengths = [len(ids) for ids in train_dataset["input_ids"]] if by_length else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(

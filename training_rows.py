@@ -17,6 +17,8 @@ from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.prompting_clsgen import PromptEncoder
 
 logger = logging.getLogger(__name__)
+# The epoch that a row is for, null for all. No name that a task's own column would have: rows would go missing.
+EPOCH = "clsgen_epoch"
 # Columns beside `input_ids` that have a value a token: what pads them, and their type.
 TOKEN_COLUMNS = {
     "labels": (IGNORE_INDEX, torch.long),
@@ -56,7 +58,7 @@ def encode_rows(
     Returns:
         `Dataset` with `input_ids`, `labels` (-100 on the prompt), `cls_labels` (-100 but at the decision token),
         `length`; with `teach_verdicts` also `verdicts` (true at decision tokens that the verdict loss starts from);
-        and `epoch`, where `dataset` has it.
+        and `EPOCH`, where `dataset` has it.
 
     Raises:
         ValueError: for columns that are missing; for a row with a text that cannot be encoded, a label that is none,
@@ -112,7 +114,7 @@ def encode_rows(
     encoded = dataset.map(
         encode,
         with_indices=True,
-        remove_columns=[name for name in dataset.column_names if name != "epoch"],
+        remove_columns=[name for name in dataset.column_names if name != EPOCH],
         num_proc=num_proc,
         desc=f"Tokenizing {name}",
         load_from_cache_file=False,
@@ -151,7 +153,7 @@ def token_columns(names: Iterable[str]) -> list[str]:
 def pack_rows(rows: Dataset, max_length: int, seed: int | None = None) -> Dataset:
     """Packs encoded rows into sequences of at most `max_length` tokens, whole rows only (best fit decreasing).
 
-    Rows share a sequence only with those of their `epoch`, where they have one.
+    Rows share a sequence only with those of their `EPOCH`, where they have one.
 
     Raises:
         ValueError: where a row is longer than `max_length`, or a label would be lost.
@@ -163,13 +165,13 @@ def pack_rows(rows: Dataset, max_length: int, seed: int | None = None) -> Datase
         )
     before = label_counts(rows)
     columns = ["input_ids", *token_columns(rows.column_names)]
-    if "epoch" in rows.column_names:
-        epochs = rows["epoch"][:]
+    if EPOCH in rows.column_names:
+        epochs = rows[EPOCH][:]
         packed = []
         for epoch in dict.fromkeys(epochs):
             part = rows.select([i for i, other in enumerate(epochs) if other == epoch])
             part = pack_dataset(part.select_columns(columns), max_length, "bfd")
-            packed.append(part.add_column("epoch", [epoch] * len(part), feature=rows.features["epoch"]))
+            packed.append(part.add_column(EPOCH, [epoch] * len(part), feature=rows.features[EPOCH]))
         packed = concatenate_datasets(packed)
     else:
         packed = pack_dataset(rows.select_columns(columns), max_length, "bfd")

@@ -10,7 +10,7 @@ from clsgen.epoch_sampler import EpochSampler
 from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.text_variants import with_variants
 from clsgen.trainer_clsgen import ClsGenSFTTrainer
-from clsgen.training_rows import encode_rows, pack_rows
+from clsgen.training_rows import EPOCH, encode_rows, pack_rows
 
 PROMPT = TaskPrompt(template="{claim} / {findings}", document="findings")
 ONE_FIELD = TaskPrompt(template="{findings}", document="findings")
@@ -19,8 +19,8 @@ ONE_FIELD = TaskPrompt(template="{findings}", document="findings")
 def test_rows_stay_and_variants_follow_by_turns(task_rows):
     rows = task_rows.map(lambda row: {"findings": f"One of {row['id']}. Two of it. Three (p = 0.03). Four."})
     found = with_variants(rows, PROMPT, 2, seed=1)
-    assert found.column_names == [*rows.column_names, "epoch"]
-    assert found.select(range(len(rows))).to_list() == [{**row, "epoch": None} for row in rows]
+    assert found.column_names == [*rows.column_names, EPOCH]
+    assert found.select(range(len(rows))).to_list() == [{**row, EPOCH: None} for row in rows]
     variants = found.select(range(len(rows), len(found))).to_list()
     assert len(variants) == 2 * len(rows)
     assert all(variant["label"] is None and variant["explanation"] is None for variant in variants)
@@ -82,23 +82,29 @@ def test_each_epoch_has_the_training_rows_and_texts_of_its_own(model, task_rows,
     assert recorder.epochs[0] != labelled + texts[:half]
 
 
+def test_a_column_of_the_users_own_drops_no_row(model, task_rows, tmp_path):
+    rows = task_rows.add_column("epoch", list(range(len(task_rows))))
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path, train_sampling_strategy="group_by_length"), rows)
+    assert sorted(trainer._get_train_sampler()) == list(range(len(rows)))
+
+
 def test_packing_keeps_the_texts_of_epochs_apart(model, task_rows):
     rows = encode_rows(with_variants(task_rows, PROMPT, 2, epochs=3), model.encoder, 60, True, teach_verdicts=True)
     packed = pack_rows(rows, 800, seed=0)
     assert len(packed) < len(rows)
     for epoch in (None, 0, 1, 2):
-        of_epoch = {tuple(ids) for ids, e in zip(rows["input_ids"], rows["epoch"], strict=True) if e == epoch}
-        for ids, lengths, e in zip(packed["input_ids"], packed["seq_lengths"], packed["epoch"], strict=True):
+        of_epoch = {tuple(ids) for ids, e in zip(rows["input_ids"], rows[EPOCH], strict=True) if e == epoch}
+        for ids, lengths, e in zip(packed["input_ids"], packed["seq_lengths"], packed[EPOCH], strict=True):
             starts = [0, *accumulate(lengths)]
             if e == epoch:
                 assert {tuple(ids[a:b]) for a, b in pairwise(starts)} <= of_epoch
-    sampler = EpochSampler(list(packed["epoch"]), seed=0)
+    sampler = EpochSampler(list(packed[EPOCH]), seed=0)
     for epoch in range(4):
         sampler.set_epoch(epoch)
         order = list(sampler)
         assert len(order) == len(sampler)
-        assert {packed["epoch"][i] for i in order} == {None, epoch % 3}
-        assert {i for i, e in enumerate(packed["epoch"]) if e in (None, epoch % 3)} == set(order)
+        assert {packed[EPOCH][i] for i in order} == {None, epoch % 3}
+        assert {i for i, e in enumerate(packed[EPOCH]) if e in (None, epoch % 3)} == set(order)
     assert list(sampler) == list(sampler)
 
 
