@@ -7,6 +7,7 @@ accelerate launch train_sft_cls.py --config recipes/clinifact.yaml --data_dir Cl
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -57,6 +58,7 @@ from clsgen.warm_start import Probe, warm_start
 logger = logging.getLogger("clsgen.train_sft_cls")
 ROOT = Path(__file__).resolve().parent
 DEFAULT_RECIPE = ROOT / "recipes" / "trial_claims.yaml"
+ROOM_TO_END = 1.5  # an explanation's longest, over the longest it learned from
 
 
 @dataclass
@@ -185,8 +187,9 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
             f"`max_length` is {training.max_length}, but {model_arguments.model_name_or_path} reads {positions} "
             "tokens at most: lower it, or take another backbone."
         )
-    # A shorter limit would cut off what the LM learns to say last: the verdict.
-    model.generation_config.max_new_tokens = training.max_explanation_length
+    # Words of the model's own run on for longer than the teacher's, and say their verdict last.
+    room = (positions or math.inf) - model.config.max_prompt_length
+    model.generation_config.max_new_tokens = min(int(ROOM_TO_END * training.max_explanation_length), room)
     return model
 
 

@@ -11,8 +11,9 @@ from transformers import AutoModel
 
 from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.classification_metrics import classification_metrics
+from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import load_task
-from clsgen.train_sft_cls import main, parse_reads
+from clsgen.train_sft_cls import ModelArguments, TaskArguments, build_model, main, parse_reads
 
 
 @pytest.fixture
@@ -83,11 +84,23 @@ def test_main_job_from_a_folder_to_a_checkpoint(task_folder, backbones, tmp_path
     )
     assert model.config.explanation_no_repeat_ngram_size == 6
     assert model.config.explanation_guidance_scale == 1.5
-    assert model.generation_config.max_new_tokens == 40
+    assert model.generation_config.max_new_tokens == 60
     card = ModelCard.load(output / "model" / "README.md")
     assert "error rate of 0.1" in str(card)
     assert f"| test | {report['test']['auroc']:.3f} |" in str(card)
     assert model.config.label_names == ["no_support", "support"]
+
+
+def test_explanations_have_room_to_end_but_no_more_than_the_backbone_reads(task_folder, backbones, tmp_path):
+    rooms = {}
+    for max_length in (300, 2040, 2048):  # of a backbone that reads 2048 tokens
+        training = ClsGenSFTConfig(
+            output_dir=str(tmp_path), max_length=max_length, max_explanation_length=40, report_to="none"
+        )
+        source = ModelArguments(model_name_or_path=str(backbones["llama"]))
+        model = build_model(load_task(task_folder), TaskArguments(), source, training)
+        rooms[max_length] = model.generation_config.max_new_tokens
+    assert rooms == {300: 60, 2040: 48, 2048: 40}
 
 
 def test_without_a_validation_split_calibration_is_skipped_and_the_card_says_so(task_folder, backbones, tmp_path):
