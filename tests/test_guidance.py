@@ -1,25 +1,38 @@
 """`explanation_guidance_scale`: guided words move away from what the other verdict line would make likely."""
 
+import math
+
 import pytest
 import torch
+
+from clsgen.explaining_clsgen import VerdictGuidance
+
+
+def words_by_plain_passes(model, text, label, scale, tokens, stop=None, told=0.0):
+    """Ids behind a verdict line, uncached, and how much likelier each one made them behind this line (log)."""
+    prompt, written, ratios, held_back = model.encoder.encode(text).input_ids, [], [0.0], False
+    lines = [prompt + model.encoder.encode_verdict(each) for each in (label, 1 - label)]
+    while len(written) < tokens and stop not in written:
+        with torch.inference_mode():
+            this, other = (model(torch.tensor([line + written])).logits[0, -1].log_softmax(dim=-1) for line in lines)
+        scores = other + scale * (this - other)
+        if stop is not None and ratios[-1] < told and not held_back:
+            held_back = scores.argmax().item() == stop
+            scores[stop] = -math.inf
+        written.append(scores.argmax().item())
+        ratios.append(ratios[-1] + (this - other)[written[-1]].item())
+    return written, ratios
 
 
 def test_guidance_extrapolates_from_the_other_verdict_to_this_one(any_model, texts):
     any_model.generation_config.eos_token_id = None
     plain = any_model.classify_and_explain(texts, max_new_tokens=8)
     any_model.config.explanation_guidance_scale = scale = 300.0  # the verdict moves a random model's words little
-    encoder = any_model.encoder
 
     def expected(text, label):
-        prompt, written = encoder.encode(text).input_ids, []
-        lines = [prompt + encoder.encode_verdict(each) for each in (label, 1 - label)]
-        for _ in range(8):
-            with torch.inference_mode():
-                this, other = (
-                    any_model(torch.tensor([line + written])).logits[0, -1].log_softmax(dim=-1) for line in lines
-                )
-            written.append((other + scale * (this - other)).argmax().item())
-        return encoder.prompt.split_verdict_line(any_model.tokenizer.decode(written, skip_special_tokens=True))[1]
+        written, _ = words_by_plain_passes(any_model, text, label, scale, tokens=8)
+        written = any_model.tokenizer.decode(written, skip_special_tokens=True)
+        return any_model.encoder.prompt.split_verdict_line(written)[1]
 
     guided = any_model.classify_and_explain(texts, max_new_tokens=8)
     assert [p.explanation for p in guided] == [
@@ -52,6 +65,23 @@ def test_guidance_goes_on_when_rows_have_ended(model, texts):
     apart = [model.classify_and_explain(text, **options) for text in texts * 2]
     assert [p.explanation for p in together] == [p.explanation for p in apart]
     assert len({len(p.explanation) for p in apart}) > 1
+
+
+def test_an_explanation_does_not_end_before_it_has_told_its_verdict(model, texts, monkeypatch):
+    model.config.explanation_guidance_scale = scale = 300.0
+    text, label, tokens = texts[0], 1, 40
+    endless, ratios = words_by_plain_passes(model, text, label, scale, tokens)
+    place = next(i for i in range(5, 20) if endless[i] not in endless[:i] and ratios[i] > 0)
+    stop = model.generation_config.eos_token_id = endless[place]
+    lengths = []
+    for told in (ratios[place] - 1e-4, ratios[place] + 1e-4, math.inf):  # told already, nearly, never
+        monkeypatch.setattr(VerdictGuidance, "TOLD", math.exp(told))
+        expected, _ = words_by_plain_passes(model, text, label, scale, tokens, stop, told)
+        lengths.append(len(expected))
+        prediction = model.explain(text, label, max_new_tokens=tokens)
+        assert prediction.explanation == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert lengths[0] == place + 1
+    assert min(lengths[1:]) > place + 1
 
 
 def test_guidance_leaves_beams_alone(model, texts):
