@@ -69,7 +69,8 @@ class ClsGenConfig(PreTrainedConfig):
             `no_repeat_ngram_size` it leaves the prompt alone, whose numbers an explanation has to repeat.
         explanation_guidance_scale (`float`, *optional*, defaults to 1.0):
             How firmly an explanation is held to its verdict line: above 1, words count more that only this verdict
-            makes likely, not the other one. A step of decoding then costs two.
+            makes likely, not the other one, and an explanation that would end before it has told its verdict goes on
+            for a sentence. A step of decoding then costs two.
         clsgen_version (`int`, *optional*):
             Version of the checkpoint format; a file without one has version 1. Newer ones than this code knows are
             refused, older ones are read and saved again in the current format.

@@ -22,7 +22,8 @@ class ClsGenSFTConfig(SFTConfig):
         cls_learning_rate (`float`, *optional*): Learning rate of the head; `learning_rate` by default.
         cls_dropout (`float`, *optional*, defaults to 0.0): Dropout on the head's features.
         max_explanation_length (`int`, *optional*, defaults to 160): Most tokens of an explanation with its verdict
-            line. `max_length` less this is left for the prompt.
+            line. `max_length` less this is left for the prompt. The checkpoint may write half as many again, so that
+            its own explanations come to an end.
         explanation_mode (`str`, *optional*, defaults to `"guided"`): `"guided"` teaches a verdict line before each
             explanation, `"free"` none.
         padding_side (`str`, *optional*, defaults to `"right"`): Side of the padding in batches.
