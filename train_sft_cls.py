@@ -413,6 +413,7 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     if trainer.model.config.name_or_path == str(dequantized_folder()):
         report["base_model_source"] = DEQUANTIZED_SOURCE
     folder = finish(trainer, probe, task, arguments, report, read_recipe(recipe), clock)
+    trainer.accelerator.end_training()  # who exits within a process group may abort, and the launcher kills the rest
     if not trainer.is_world_process_zero():
         return
     print(f"\n{table(report)}")

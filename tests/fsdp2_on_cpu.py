@@ -7,6 +7,7 @@ state says MULTI_CPU and drops the FSDP plugin without a word. This puts it back
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -29,3 +30,4 @@ if __name__ == "__main__":
     from clsgen.train_sft_cls import main
 
     main()
+    assert not torch.distributed.is_initialized()

@@ -218,6 +218,7 @@ gradients, log = step_gradients(sys.argv[2], load_from_disk(sys.argv[3]), sys.ar
 from accelerate import PartialState
 if PartialState().is_main_process:
     torch.save({"gradients": gradients, "log": log}, sys.argv[4] + "/gradients.pt")
+PartialState().destroy_process_group()  # a process that exits within one may abort
 """
 
 
