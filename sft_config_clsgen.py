@@ -71,14 +71,14 @@ class ClsGenSFTConfig(SFTConfig):
     def __post_init__(self):
         if self.bf16 is None and not is_torch_bf16_gpu_available():
             self.bf16 = False  # TRL's default is bfloat16, which a CPU emulates
-        if self.train_sampling_strategy == "auto":
-            # `super` checks the strategy and finds the device.
-            self.train_sampling_strategy = "random"
-            super().__post_init__()
-            if self.device.type == "cpu" and not self.verdict_texts:
+        finds_strategy = self.train_sampling_strategy == "auto"
+        if finds_strategy:
+            self.train_sampling_strategy = "random"  # `super` checks the strategy, and finds the device
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns of it
+            if finds_strategy and not self.verdict_texts:
                 self.train_sampling_strategy = "group_by_length"
-        else:
-            super().__post_init__()
         self._check()
 
     def _check(self) -> None:

@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     default = [] if "--config" in argv else ["--config", recipe]
     arguments, training, model_arguments = parser.parse_args_and_config([*default, *argv])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "accelerate"):
+    for noisy in ("httpx", "datasets", "accelerate", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     set_seed(training.seed)
     check_launch(arguments.warm_start, training, model_arguments, arguments.lm_reading_weight)

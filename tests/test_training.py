@@ -465,7 +465,8 @@ def test_refusals(model, task_rows, tmp_path):
             arguments(tmp_path, **kwargs)
 
 
-def test_sampling_groups_by_length_on_a_cpu(tmp_path):
+def test_what_a_cpu_changes(tmp_path):
     assert arguments(tmp_path).train_sampling_strategy == "group_by_length"
+    assert arguments(tmp_path).dataloader_pin_memory is False
     assert arguments(tmp_path, train_sampling_strategy="random").train_sampling_strategy == "random"
     json.dumps(arguments(tmp_path).to_dict())
