@@ -2,9 +2,11 @@
 
 python train_sft_cls.py                                                      # the embedded task, on a CPU
 python train_sft_cls.py --config recipes/clinifact.yaml --data_dir CliniFact  # real data
+python train_sft_cls.py --task path/to/my_task                               # yours, by recipes/any_task.yaml
 accelerate launch train_sft_cls.py --config recipes/clinifact.yaml --data_dir CliniFact --bf16 true
 """
 
+import argparse
 import json
 import logging
 import math
@@ -57,7 +59,9 @@ from clsgen.warm_start import Probe, warm_start
 
 logger = logging.getLogger("clsgen.train_sft_cls")
 ROOT = Path(__file__).resolve().parent
-DEFAULT_RECIPE = ROOT / "recipes" / "trial_claims.yaml"
+RECIPES = ROOT / "recipes"
+AUTO = "auto"
+MOST_FROZEN = 2 / 3  # of the layers, where the depth of LoRA is found: the rest has to learn the words
 ROOM_TO_END = 1.5  # an explanation's longest, over the longest it learned from
 
 
@@ -115,7 +119,10 @@ class ModelArguments(ModelConfig):
         default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "The backbone."}
     )
     use_peft: bool = field(default=True, metadata={"help": "LoRA; `--use_peft false` trains all weights."})
-    lora_first_layer: int = field(default=0, metadata={"help": "Layers below this one stay frozen."})
+    lora_first_layer: str = field(
+        default="0",
+        metadata={"help": "Layers below this one stay frozen; `auto`: those that the head reads, two thirds at most."},
+    )
 
 
 def parse_reads(reads: list[str] | str | None) -> list[tuple[int, str]] | None:
@@ -126,12 +133,29 @@ def parse_reads(reads: list[str] | str | None) -> list[tuple[int, str]] | None:
     """
     parsed = []
     reads = reads.split() if isinstance(reads, str) else reads  # as a recipe may have it
-    for read in [] if reads in (None, ["auto"]) else reads:
+    for read in [] if reads in (None, [AUTO]) else reads:
         layer, _, pooling = str(read).partition(":")
         if not layer.lstrip("-").isdigit() or pooling not in ("decision", "mean"):
             raise ValueError(f"`--cls_reads` takes `LAYER:decision` or `LAYER:mean`, got {read!r}.")
         parsed.append((int(layer), pooling))
     return parsed or None
+
+
+def first_lora_layer(model: PreTrainedModel, asked: str | int) -> int:
+    """Index of the lowest layer that LoRA trains; `auto` leaves what the model's head reads as it is.
+
+    Raises:
+        ValueError: for a layer that the backbone doesn't have.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    if asked == AUTO:
+        return min(max(model.read_layers()), int(MOST_FROZEN * layers))
+    if not str(asked).isdigit() or int(asked) >= layers:
+        raise ValueError(
+            f"`lora_first_layer` is {asked!r}, but this backbone has {layers} layers: give one from 0, which trains "
+            f"all, to {layers - 1}, or `auto`."
+        )
+    return int(asked)
 
 
 def lora_config(model: PreTrainedModel, arguments: ModelArguments) -> LoraConfig | None:
@@ -146,14 +170,10 @@ def lora_config(model: PreTrainedModel, arguments: ModelArguments) -> LoraConfig
             if type(module).__name__ == "Conv1D" or isinstance(module, torch.nn.Linear)
         }
         config.target_modules = linear
-    layers = model.config.get_text_config().num_hidden_layers
-    if arguments.lora_first_layer >= layers:
-        raise ValueError(
-            f"`lora_first_layer` is {arguments.lora_first_layer}, but this backbone has {layers} layers: nothing "
-            "would train. Give a lower one; 0 trains all layers."
-        )
-    if arguments.lora_first_layer:
-        config.layers_to_transform = list(range(arguments.lora_first_layer, layers))
+    first_layer = first_lora_layer(model, arguments.lora_first_layer)
+    if first_layer:
+        config.layers_to_transform = list(range(first_layer, model.config.get_text_config().num_hidden_layers))
+        logger.info("LoRA trains the layers from %d on.", first_layer)
     return config
 
 
@@ -260,13 +280,14 @@ def train(
     fine_tune = training.num_train_epochs > 0 or training.max_steps > 0
     if not fine_tune and not arguments.warm_start:
         raise ValueError("No epochs and no warm start: nothing would be learned. Ask for one of them.")
-    adapter = lora_config(model, model_arguments) if fine_tune else None
-    first_layer = model_arguments.lora_first_layer if adapter else 0
+    adapts = fine_tune and model_arguments.use_peft
+    first_layer = first_lora_layer(model, model_arguments.lora_first_layer) if adapts else 0
     if training.cache_frozen_layers and not first_layer:
         logger.info("`cache_frozen_layers` has nothing to do: no layer is gone through twice while it stays frozen.")
         training.cache_frozen_layers = False
     model.config.pos_weight = resolve_pos_weight(training.pos_weight, rows["train"], model.config.cls_bias)
     probe = start_warm(model, rows["train"], arguments, training, first_layer) if arguments.warm_start else None
+    adapter = lora_config(model, model_arguments) if adapts else None  # behind the probe, which finds the reads
     if "validation" not in rows:
         logger.warning("The task has no validation split: no evaluation, no calibration, no choice of checkpoint.")
         training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
@@ -369,6 +390,16 @@ def publication(task: Task, arguments: TaskArguments, training: ClsGenSFTConfig,
     return asked
 
 
+def recipe_of(argv: list[str]) -> str:
+    """Path of a command line's recipe: the one that it names, its task's own, or that for any task."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--task", default="trial_claims")
+    named = parser.parse_known_args(argv)[0]
+    own = named.task if named.task in {path.stem for path in RECIPES.glob("*.yaml")} else "any_task"
+    return named.config or str(RECIPES / f"{own}.yaml")
+
+
 def read_recipe(path: str) -> str:
     """The recipe's text, for the checkpoint; tokens are no part of it."""
     return without_tokens(Path(path).read_text(encoding="utf-8"))
@@ -382,13 +413,14 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
         run (`dict`, *optional*): What [`run_record.describe_run`] says of another command that this one is part of.
     """
     argv = sys.argv[1:] if argv is None else argv
-    recipe = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else str(DEFAULT_RECIPE)
+    recipe = recipe_of(argv)
     parser = TrlParser((TaskArguments, ClsGenSFTConfig, ModelArguments))
     default = [] if "--config" in argv else ["--config", recipe]
     arguments, training, model_arguments = parser.parse_args_and_config([*default, *argv])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "accelerate", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logger.info("Settings: %s, and what the command line changes", recipe)
     set_seed(training.seed)
     check_launch(arguments.warm_start, training, model_arguments, arguments.lm_reading_weight)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)

@@ -13,7 +13,7 @@ from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.classification_metrics import classification_metrics
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import load_task
-from clsgen.train_sft_cls import ModelArguments, TaskArguments, build_model, main, parse_reads
+from clsgen.train_sft_cls import RECIPES, ModelArguments, TaskArguments, build_model, main, parse_reads, recipe_of
 
 
 @pytest.fixture
@@ -183,6 +183,30 @@ def test_flags_override_the_recipe_and_unknown_keys_are_errors(task_folder, back
     assert (report["seed"], report["cls_reads"]) == (4, [[1, "mean"]])
 
 
+def test_a_task_without_a_recipe_of_its_own_takes_that_for_any(tmp_path):
+    for argv, recipe in (
+        ([], "trial_claims"),
+        (["--task", "clinifact"], "clinifact"),
+        (["--task=clinifact_evidence", "--seed", "1"], "clinifact_evidence"),
+        (["--task", str(tmp_path / "clinifact")], "any_task"),
+        (["--learning_rate", "1", "--task", "mine"], "any_task"),
+    ):
+        assert recipe_of(argv) == str(RECIPES / f"{recipe}.yaml")
+    assert recipe_of(["--task", "clinifact", "--config", "mine.yaml"]) == "mine.yaml"
+
+
+def test_lora_starts_where_the_head_has_read(task_folder, backbones, tmp_path):
+    flags = ("--lora_first_layer", "auto", "--save_adapter", "true", "--num_examples", "0")
+    for asked, lowest in ((("auto",), None), (("1:mean",), 1), (("1:mean", "4:decision"), 2)):
+        out = tmp_path / "-".join(asked).replace(":", "")
+        main(command(task_folder, backbones["llama"], out, *flags, "--cls_reads", *asked))
+        reads = json.loads((out / "metrics.json").read_text())["cls_reads"]
+        trained = json.loads((out / "adapter" / "adapter_config.json").read_text())["layers_to_transform"]
+        deepest = max(layer % 5 for layer, _ in reads)
+        assert trained == list(range(min(deepest, 2) if lowest is None else lowest, 4))
+    assert (out / "model" / "recipe.yaml").read_text() == (RECIPES / "any_task.yaml").read_text()
+
+
 def test_bad_arguments_are_named(task_folder, backbones, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -190,6 +214,8 @@ def test_bad_arguments_are_named(task_folder, backbones, tmp_path):
         main(command(task_folder, backbones["llama"], blocked / "out"))
     with pytest.raises(ValueError, match="this backbone has 4 layers"):
         main(command(task_folder, backbones["llama"], tmp_path / "out", "--lora_first_layer", "4"))
+    with pytest.raises(ValueError, match="`lora_first_layer` is 'upper'"):
+        main(command(task_folder, backbones["llama"], tmp_path / "out", "--lora_first_layer", "upper"))
     with pytest.raises(ValueError, match="cls_reads"):
         parse_reads(["middle"])
     assert parse_reads(["14:mean", "-1:decision"]) == [(14, "mean"), (-1, "decision")]
