@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, log_loss, roc_auc_score
 
+ECE_BINS = 15
 MIN_ROWS_PER_BIN = 10
 # The resolution of float32: a probability can't be told from 0 or 1 beyond it.
 LOG_LOSS_CLIP = 1e-7
@@ -56,7 +57,7 @@ def classification_metrics(labels: ArrayLike, probabilities: ArrayLike, threshol
     }
 
 
-def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> float:
+def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, bins: int = ECE_BINS) -> float:
     """Expected calibration error of the positive class's probability, over bins of equal mass.
 
     `sum over bins of (rows of the bin / rows) * |share of label 1 - mean probability|` (Naeini et al., 2015,
@@ -84,7 +85,9 @@ def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, bins
     return sum(abs(positive - rows * mean) for mean, positive, rows in points) / len(labels)
 
 
-def reliability_bins(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> list[tuple[float, int, int]]:
+def reliability_bins(
+    labels: ArrayLike, probabilities: ArrayLike, bins: int = ECE_BINS
+) -> list[tuple[float, int, int]]:
     """The points of a reliability diagram, over the bins of [`expected_calibration_error`] that hold a row.
 
     Args:

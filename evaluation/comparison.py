@@ -35,7 +35,8 @@ def compare(
     labels = check_labels(labels, ours)
     ours, theirs = check_probabilities(ours), check_probabilities(theirs)
     check_labels(labels, theirs)
-    names = ("auroc", "average_precision", "brier", "ece", "log_loss")
+    # Not the calibration error: chance raises it, and by how much differs between the models.
+    names = ("auroc", "average_precision", "brier", "log_loss")
     mine, other = metric_statistics(labels, ours, 0.5), metric_statistics(labels, theirs, 0.5)
 
     def differences(counts: np.ndarray) -> dict[str, np.ndarray]:

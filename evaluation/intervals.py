@@ -39,9 +39,7 @@ def metrics_with_intervals(
     Intervals are bias-corrected and accelerated (BCa; Efron, 1987, "Better Bootstrap Confidence Intervals") over
     `samples` draws of the rows, not stratified by label. The calibration error is the exception: it can't be below 0,
     and of drawn rows it is larger than of the rows themselves, so that the usual intervals don't even hold the truth
-    of a perfectly calibrated model. Its interval is the basic one (reflected about the estimate, which undoes the
-    bias), and goes down to 0 wherever a perfectly calibrated model would show an error as large in 5% of draws or more
-    (consistency resampling: Bröcker and Smith, 2007, "Increasing the Reliability of Reliability Diagrams").
+    of a perfectly calibrated model; see [`error_interval`].
 
     Args:
         labels: Shape `(rows,)`, each 0 or 1.
@@ -128,7 +126,13 @@ def _acceleration(left_out: np.ndarray) -> float:
 
 
 def error_interval(point: float, drawn: np.ndarray, chance: np.ndarray) -> Estimate:
-    """The interval of a calibration error; see [`metrics_with_intervals`].
+    """The interval of a calibration error: approximate, since the error has a kink at 0.
+
+    It holds the basic bootstrap interval (reflected about the estimate, which undoes the bias of drawn rows). That
+    alone is too narrow for a model that is not perfectly calibrated, so it also goes as far up as the estimate, and as
+    far down as the estimate less its bias, with a normal margin of the draws' standard deviation. It goes down to 0
+    wherever a perfectly calibrated model would show an error as large in 2.5% of draws or more (consistency
+    resampling: Bröcker and Smith, 2007, "Increasing the Reliability of Reliability Diagrams").
 
     Args:
         point (`float`): Of the data.
@@ -139,9 +143,11 @@ def error_interval(point: float, drawn: np.ndarray, chance: np.ndarray) -> Estim
     if problem:
         return {**undefined(problem), "value": float(point)}
     low, high = 2 * point - np.quantile(drawn, TAILS[::-1])
-    if (chance >= point).mean() >= 1 - CONFIDENCE:
+    margin = ndtri(TAILS[1]) * drawn.std()
+    low, high = min(low, 2 * point - drawn.mean() - margin), max(high, point + margin)
+    if (chance >= point).mean() >= TAILS[0]:
         low = 0.0
-    return {"value": float(point), "low": max(0.0, float(low)), "high": max(float(point), float(high))}
+    return {"value": float(point), "low": max(0.0, float(low)), "high": float(high)}
 
 
 def percentile_interval(point: float, drawn: np.ndarray, reason: str) -> Estimate:

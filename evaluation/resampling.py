@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from clsgen.classification_metrics import LOG_LOSS_CLIP, MIN_ROWS_PER_BIN
+from clsgen.classification_metrics import ECE_BINS, LOG_LOSS_CLIP, MIN_ROWS_PER_BIN
 
 MAX_COUNTS = 4_000_000  # of one chunk: 32 MB as float64
-ECE_BINS = 15
 
 Statistics = Callable[[np.ndarray], dict[str, np.ndarray]]
 

@@ -48,8 +48,10 @@ def _best(score: np.ndarray, allowed: np.ndarray) -> np.ndarray:
 
 def _for_sensitivity(confusion: Confusion, wanted: float) -> np.ndarray:
     true_positives, false_positives, false_negatives, _ = confusion
-    allowed = true_positives >= wanted * (true_positives + false_negatives) - 1e-9
-    return _best(-false_positives, allowed & (true_positives + false_negatives > 0))
+    positive = true_positives + false_negatives
+    allowed = true_positives >= wanted * positive - 1e-9
+    # Of thresholds with as few false alarms, the one that finds more.
+    return _best(true_positives / (positive + 1) - false_positives, allowed & (positive > 0))
 
 
 def _for_specificity(confusion: Confusion, wanted: float) -> np.ndarray:
