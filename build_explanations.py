@@ -36,7 +36,7 @@ from clsgen.explanations.protocols import BLIND, Asker
 from clsgen.explanations.recorded import read_recorded
 from clsgen.explanations.task_folder import DROP, EXPLAIN, HEAD, REPORT, write_task
 from clsgen.explanations.teacher import TeacherArguments, TeacherError
-from clsgen.run_record import without_tokens
+from clsgen.run_record import without_secrets
 from clsgen.table_files import write_rows
 from clsgen.tasks import Task, load_task
 
@@ -263,7 +263,7 @@ def told(ledger: dict[str, Any]) -> str:
 def told_command(argv: list[str]) -> str:
     """The command line for the record, without the endpoint, whose address may hold a password, and without tokens."""
     command = shlex.join(["python", "build_explanations.py", *argv])
-    return without_tokens(re.sub(r"(--base[_-]url)(=|\s+)('[^']*'|\S+)", r"\1\2...", command))
+    return without_secrets(re.sub(r"(--base[_-]url)(=|\s+)('[^']*'|\S+)", r"\1\2...", command))
 
 
 def main(argv: list[str] | None = None) -> int:

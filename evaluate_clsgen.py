@@ -17,18 +17,19 @@ import pandas as pd
 from transformers import AutoModel, HfArgumentParser
 
 from clsgen.atomic_io import write_json, write_text
+from clsgen.backbones import resolve_backbone
 from clsgen.evaluation.alignment import alignment_report
+from clsgen.evaluation.asking import RowsToAsk, relation, rows_to_ask
 from clsgen.evaluation.collapse import perplexity_report
-from clsgen.evaluation.evaluated import CALIBRATED_ON, TRAINED_ON, Evaluated, Section, number, spread
+from clsgen.evaluation.evaluated import Evaluated, Section, number, spread
 from clsgen.evaluation.judges import DEFAULT_JUDGES, Judge, default_judges, make_judge
 from clsgen.evaluation.number_sections import calibration, classification, comparison, speed, thresholds
-from clsgen.evaluation.predictions import SCHEMA, asked_of, labelled_texts, predict, read_predictions, table_rows
+from clsgen.evaluation.predictions import SCHEMA, LabelledTexts, asked_of, predict, read_predictions, table_rows
 from clsgen.evaluation.report import Report
 from clsgen.evaluation.speed import speed_report
 from clsgen.evaluation.thresholds import Target
 from clsgen.evaluation.word_sections import alignment, collapse, examples, language, leakage, second_reading
-from clsgen.prompting_clsgen import TaskPrompt
-from clsgen.run_record import describe_run
+from clsgen.run_record import describe_run, without_secrets
 from clsgen.table_files import write_rows
 from clsgen.tasks import SPLITS, Task, load_task
 
@@ -150,10 +151,14 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
     targets = arguments.targets
     compared = {path: read_predictions(Path(path)) for path in arguments.compare}
     task = load_task(arguments.task, arguments.data_dir)
-    others = [each.partition("=") for each in arguments.also_on]
-    other_tasks = [load_task(name, source or None) for name, _, source in others]
+    others = {}
+    for given in arguments.also_on:
+        name, _, source = given.partition("=")
+        others[given] = load_task(name, source or None)
     output_dir = Path(arguments.output_dir or Path("outputs") / task.name / "evaluation")
-    # Before hours of generation, which a mistyped one would waste.
+    # Before hours of generation, which a mistyped name would waste.
+    if arguments.backbone:
+        resolve_backbone(arguments.backbone)
     judges, unjudged = _judges(task, arguments, output_dir / "answers")
     output_dir.mkdir(parents=True, exist_ok=True)
     about = {"revision": arguments.revision, "trust_remote_code": True}
@@ -165,10 +170,10 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
                 "without."
             )
         model.config.explanation_guidance_scale = arguments.explanation_guidance_scale
-    evaluated = _predicted(model, task, other_tasks, arguments, output_dir)
-    evaluated.targets = targets
-    evaluated.compared = {name: _checked(name, frame, evaluated.numbers) for name, frame in compared.items()}
-    evaluated.unjudged = unjudged
+    asked = rows_to_ask(model, task, others, arguments.split, arguments.limit, arguments.seed)
+    compared = {name: _checked(name, frame, asked.reported) for name, frame in compared.items()}
+    evaluated = _predicted(model, task, asked, arguments, output_dir)
+    evaluated.targets, evaluated.compared, evaluated.unjudged = targets, compared, unjudged
     _judge(evaluated, judges)
     evaluated.speed = _speed(model, evaluated, arguments, output_dir / "answers" / "speed.json")
     write_rows(output_dir / "predictions.parquet", table_rows(list(evaluated.modes.values())), SCHEMA)
@@ -186,58 +191,31 @@ def evaluate_checkpoint(arguments: EvaluationArguments, argv: list[str] | None =
 
 
 def _predicted(
-    model: Any, task: Task, other_tasks: list[Task], arguments: EvaluationArguments, output_dir: Path
+    model: Any, task: Task, asked: RowsToAsk, arguments: EvaluationArguments, output_dir: Path
 ) -> Evaluated:
     """Asks the model about every row that a section needs."""
 
-    def answers(of_task: Task, split: str, mode: str) -> tuple[Any, pd.DataFrame]:
-        rows = labelled_texts(of_task, split, model.encoder.prompt.fields, arguments.limit, arguments.seed)
+    def answers(rows: LabelledTexts, mode: str) -> pd.DataFrame:
         lengths = (arguments.batch_size, arguments.max_new_tokens)
-        return rows, predict(model, rows, mode, output_dir / "answers", arguments.overwrite, *lengths)
+        return predict(model, rows, mode, output_dir / "answers", arguments.overwrite, *lengths)
 
-    for each in (task, *other_tasks):
-        _check_labels(model, each)
-    modes = {}
-    for mode in arguments.modes:
-        rows, modes[mode] = answers(task, arguments.split, mode)
-    validation = None
-    if "validation" in task.splits and arguments.split != "validation":
-        _, validation = answers(task, "validation", "none")
-    others = {}
-    for other in other_tasks:
-        split = "test" if "test" in other.splits else "train"
-        other_rows, found = answers(other, split, "none")
-        others[f"{other_rows.name} ({_relation(model, other, split)})"] = found
-    weight = getattr(model.config, "lm_reading_weight", 0.0)  # checkpoints of format 1 bring code without it
+    config = model.config  # that of a checkpoint of format 1 lacks what came later
+    weight = getattr(config, "lm_reading_weight", 0.0)
     return Evaluated(
-        rows, modes, model.config.threshold, tuple(model.config.label_names), weight,
-        asked=" ".join([task.prompt["question"], *task.prompt["verdicts"]]),
-        relation=_relation(model, task, arguments.split),
-        validation=validation,
-        validation_relation=_relation(model, task, "validation"),
-        others=others,
+        asked.reported,
+        {mode: answers(asked.reported, mode) for mode in arguments.modes},
+        config.threshold, tuple(config.label_names), weight,
+        free_is_held=bool(weight) or getattr(config, "explanation_guidance_scale", 1.0) != 1,
+        asked=task.asked,
+        verdicts=tuple(task.prompt["verdicts"]),
+        relation=relation(model, task, arguments.split),
+        validation=None if asked.validation is None else answers(asked.validation, "none"),
+        validation_relation=relation(model, task, "validation"),
+        others={name: answers(rows, "none") for name, rows in asked.others.items()},
         examples=arguments.examples,
         samples=arguments.bootstrap_samples,
         seed=arguments.seed,
     )  # fmt: skip
-
-
-def _check_labels(model: Any, task: Task) -> None:
-    ours, theirs = tuple(model.config.label_names), tuple(task.labels)
-    if ours == theirs[::-1]:
-        raise ValueError(
-            f"The labels of {task.name} are the model's the other way round: {theirs}, and the model's label 0 is "
-            f"{ours[0]!r}. Every number would be upside down: turn them and the `label` column round in the task."
-        )
-    if ours != theirs:
-        logger.warning("The model's labels are %s, those of %s %s.", ours, task.name, theirs)
-
-
-def _relation(model: Any, task: Task, split: str) -> str:
-    """What a split is to the model, as far as its config tells."""
-    if TaskPrompt.from_dict(model.config.prompt) != TaskPrompt.from_dict(task.prompt):
-        return "of another task than the model's"
-    return {"train": TRAINED_ON, "validation": CALIBRATED_ON, "test": "not seen"}[split]
 
 
 def _judges(task: Task, arguments: EvaluationArguments, folder: Path) -> tuple[list[Judge], dict[str, str]]:
@@ -246,7 +224,11 @@ def _judges(task: Task, arguments: EvaluationArguments, folder: Path) -> tuple[l
         return [], {}
     if arguments.judges == list(DEFAULT_JUDGES):
         return default_judges(task)
-    return [make_judge(spec, task, folder) for spec in arguments.judges], {}
+    judges = [make_judge(spec, task, folder) for spec in arguments.judges]
+    names = [judge.name for judge in judges]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`judges` names one twice: {', '.join(names)}. Evaluate by each address on its own.")
+    return judges, {}
 
 
 def _judge(evaluated: Evaluated, judges: list[Judge]) -> None:
@@ -273,18 +255,16 @@ def _speed(model: Any, evaluated: Evaluated, arguments: EvaluationArguments, kep
     return found["speed"]
 
 
-def _checked(name: str, theirs: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
+def _checked(name: str, theirs: pd.DataFrame, ours: LabelledTexts) -> pd.DataFrame:
     """Another system's predictions, after checking that they are of the same rows."""
-    gold = ours.set_index("id")["gold"]
+    gold = pd.Series(ours.gold, index=ours.ids)
     shared = [row_id for row_id in gold.index if row_id in theirs.index]
     if not shared:
         raise ValueError(f"{name}: none of its ids is one of the {len(gold)} evaluated rows.")
     if len(shared) < len(gold):
         logger.warning("%s: compared on %d of %d rows; it lacks the others.", name, len(shared), len(gold))
-    if (
-        "gold" in theirs
-        and (theirs.loc[shared, "gold"].dropna() != gold[theirs.loc[shared, "gold"].dropna().index]).any()
-    ):
+    told = theirs.loc[shared, "gold"].dropna() if "gold" in theirs else gold[:0]
+    if (told != gold[told.index]).any():
         raise ValueError(f"{name}: its gold labels are not those of this task; these are other rows.")
     if "predicted" not in theirs:
         logger.warning("%s has no column `predicted`: its decisions are taken at 0.5.", name)
@@ -310,7 +290,7 @@ def _record(
             "truncated": int(evaluated.numbers["truncated"].sum()),
         },
         "modes": arguments.modes,
-        "arguments": asdict(arguments),
+        "arguments": json.loads(without_secrets(json.dumps(asdict(arguments)))),
         **describe_run("evaluate_clsgen.py", argv or []),
     }
 

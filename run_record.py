@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
 
 _TOKEN = re.compile(r"\bhf_\w{8,}")
+_PASSWORD = re.compile(r"(?<=://)[^/\s@'\"]+@")
 
 
-def without_tokens(text: str) -> str:
-    """`text` without the Hub's tokens, which must not reach a file that may be published."""
-    return _TOKEN.sub("hf_...", text)
+def without_secrets(text: str) -> str:
+    """`text` without the Hub's tokens and what stands for a password in addresses; a file may be published."""
+    return _PASSWORD.sub("...@", _TOKEN.sub("hf_...", text))
 
 
 def peak_memory_mib() -> float:
@@ -36,7 +37,7 @@ def describe_run(script: str, argv: list[str]) -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "command": without_tokens(shlex.join(["python", script, *argv])),
+        "command": without_secrets(shlex.join(["python", script, *argv])),
         "commit": commit or None,
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
     }

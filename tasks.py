@@ -67,6 +67,11 @@ class Task:
         """Names of the fields that make up a text."""
         return TaskPrompt.from_dict(self.prompt).fields
 
+    @property
+    def asked(self) -> str:
+        """The question and both verdicts, whose numbers an explanation may name though no text holds them."""
+        return " ".join([self.prompt["question"], *self.prompt["verdicts"]])
+
     def text_of(self, row: dict[str, Any]) -> str:
         """A row's text: the template with the row's fields in their places."""
         return fill_template(self.prompt["template"], row)

@@ -44,7 +44,7 @@ from clsgen.resuming import (
     run_of,
     take_up_finished,
 )
-from clsgen.run_record import describe_run, peak_memory_mib, without_tokens
+from clsgen.run_record import describe_run, peak_memory_mib, without_secrets
 from clsgen.scoring import CalibrationArguments, check_validation_split, classified, measure, table
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.sharding import check_launch, gather_model
@@ -402,7 +402,7 @@ def recipe_of(argv: list[str]) -> str:
 
 def read_recipe(path: str) -> str:
     """The recipe's text, for the checkpoint; tokens are no part of it."""
-    return without_tokens(Path(path).read_text(encoding="utf-8"))
+    return without_secrets(Path(path).read_text(encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> None:

@@ -24,7 +24,8 @@ class Evaluated:
         modes (`dict[str, pandas.DataFrame]`): Their answers by mode of explanation; columns as of
             `predictions.SCHEMA`. The numbers are those of the first mode.
         threshold, lm_reading_weight (`float`), labels (`tuple[str, str]`): The model's.
-        asked (`str`): The task's question and verdicts.
+        free_is_held (`bool`): Whether its free words begin with a verdict line that was chosen for them.
+        asked (`str`), verdicts (`tuple[str, ...]`): The task's question and verdicts; the verdicts alone.
         relation (`str`): What the reported rows are to the model: not seen, calibrated on, of another task.
         validation (`pandas.DataFrame`, *optional*): Answers for the validation rows, which thresholds are fitted on.
         validation_relation (`str`): What those are to the model.
@@ -44,7 +45,9 @@ class Evaluated:
     threshold: float
     labels: tuple[str, str]
     lm_reading_weight: float = 0.0
+    free_is_held: bool = False
     asked: str = ""
+    verdicts: tuple[str, ...] = ()
     relation: str = "not seen"
     validation: pd.DataFrame | None = None
     validation_relation: str = CALIBRATED_ON

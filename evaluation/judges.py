@@ -27,11 +27,13 @@ from sklearn.pipeline import FeatureUnion, Pipeline
 from tqdm.auto import tqdm
 
 from clsgen.evaluation.lm_scoring import answer_log_odds
-from clsgen.evaluation.sentences import split_sentences, without_last_sentence
+from clsgen.evaluation.sentences import split_sentences, without_last_sentence, without_verdict_lines
+from clsgen.explanations.verdicts import parse_verdict
 from clsgen.journal import Journal
 from clsgen.loopback import is_loopback
-from clsgen.prompting_clsgen import VERDICT_PREFIX, PromptEncoder, TaskPrompt
-from clsgen.tasks import Task
+from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
+from clsgen.table_files import read_rows
+from clsgen.tasks import Task, find_task
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +42,6 @@ DEFAULT_JUDGES = ("tfidf", "tfidf-no-verdict")
 JUDGE_FORMS = "tfidf, tfidf-no-verdict, openai:MODEL, openai:MODEL@BASE_URL or lm:FOLDER_OR_HUB_ID"
 # Words and marks: whatever is not blank has one.
 TOKEN = r"\w+|[^\w\s]"
-_TEACHER_LABELS = {"FALSE": 0, "TRUE": 1}
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,6 @@ class Judge(ABC):
         self.name = name
         self.prompt = prompt
         self.keeps_verdict = keeps_verdict
-        verdicts = "|".join(re.escape(verdict) for verdict in sorted(prompt.verdicts, key=len, reverse=True))
-        self._verdict_line = re.compile(rf"{re.escape(VERDICT_PREFIX)}\s*(?:{verdicts})\b\.?", re.IGNORECASE)
 
     def judge(self, explanations: Sequence[str | None]) -> list[float | None]:
         """Probability that each explanation argues for label 1; `None` where there is nothing to read, or no answer.
@@ -101,9 +100,7 @@ class Judge(ABC):
 
     def visible(self, explanation: str | None) -> str:
         """What the judge gets to see of an explanation: no verdict line; may be empty."""
-        text = self._verdict_line.sub("", explanation or "").strip()
-        if text.startswith(VERDICT_PREFIX):  # a verdict in other words than the task's
-            text = text.partition("\n")[2].strip()
+        text = without_verdict_lines(explanation or "", self.prompt.verdicts)
         return text if self.keeps_verdict else without_last_sentence(text)
 
     @abstractmethod
@@ -114,7 +111,8 @@ class Judge(ABC):
         """Measures the judge on explanations whose label is known, and remembers it as `fitness`."""
         answers = self.judge(explanations)
         pairs = [(answer, label) for answer, label in zip(answers, labels, strict=True) if answer is not None]
-        accuracy = float(np.mean([(answer >= 0.5) == label for answer, label in pairs])) if pairs else np.nan
+        right = sum((answer >= 0.5) == label for answer, label in pairs)
+        accuracy = float(right / len(pairs)) if pairs else np.nan
         both = len({label for _, label in pairs}) == 2
         self.fitness = Fitness(
             accuracy=accuracy,
@@ -123,7 +121,7 @@ class Judge(ABC):
             else np.nan,
             rows=len(explanations),
             judged=len(pairs),
-            fit=bool(accuracy >= MIN_ACCURACY) if self.keeps_verdict and len(explanations) else None,
+            fit=bool(right >= MIN_ACCURACY * len(explanations)) if self.keeps_verdict and len(explanations) else None,
         )
         if self.fitness.fit is False:
             logger.warning("The judge %s is unfit: its %s. Alignment by it means little.", self.name, self.fitness)
@@ -312,20 +310,27 @@ class LocalLMJudge(Judge):
 def teacher_explanations(task: Task, split: str) -> tuple[list[str], list[int]]:
     """A teacher's explanations of a split, and the labels that they argue for.
 
-    A task that ships an `explanations.jsonl` names the teacher's own verdicts there, which need not be the gold
-    labels. In any other task an explanation argues for its row's label.
+    A task of ours that ships an `explanations.jsonl` names the teacher's own verdicts there, which need not be the
+    gold labels. In any other task, and one of that name that asks something else, an explanation argues for its row's
+    label.
 
     Args:
         task (`Task`): As [`tasks.load_task`] gives it.
         split (`str`): `"train"` or `"validation"`.
     """
     path = ROOT / "data" / task.name / "explanations.jsonl"
-    if path.is_file():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        rows = [row for row in rows if row["split"] == split]
-        return [row["explanation"] for row in rows], [_TEACHER_LABELS[row["teacher_verdict"]] for row in rows]
+    if path.is_file() and _asks_the_same(task, path.parent):
+        names = (tuple(task.labels), tuple(task.prompt["verdicts"]))
+        rows = [row for row in read_rows(path) if row["split"] == split]
+        return [row["explanation"] for row in rows], [parse_verdict(row["teacher_verdict"], names) for row in rows]
     rows = [row for row in task.splits.get(split, []) if row["explanation"] and row["label"] is not None]
     return [row["explanation"] for row in rows], [int(row["label"]) for row in rows]
+
+
+def _asks_the_same(task: Task, folder: Path) -> bool:
+    spec = find_task(folder)[1]
+    asked = (list(task.labels), task.prompt["question"], list(task.prompt["verdicts"]))
+    return asked == (list(spec["labels"]), spec["question"], list(spec["verdicts"]))
 
 
 def default_judges(task: Task) -> tuple[list[Judge], dict[str, str]]:

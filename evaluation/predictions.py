@@ -140,10 +140,16 @@ def predict(
     with tqdm(desc=f"{rows.name} ({mode})", unit="row", initial=journal.count, total=len(rows.ids)) as progress:
         while journal.count < len(rows.ids):
             window = rows.texts[journal.count : journal.count + CHUNKS[mode]]
-            if mode == "none":
-                predictions = model.classify(window, batch_size=batch_size)
-            else:
-                predictions = model.classify_and_explain(window, batch_size=batch_size, mode=mode, **lengths)
+            try:
+                if mode == "none":
+                    predictions = model.classify(window, batch_size=batch_size)
+                else:
+                    predictions = model.classify_and_explain(window, batch_size=batch_size, mode=mode, **lengths)
+            except ValueError as error:
+                broken = [rows.ids[journal.count + place] for place in getattr(error, "texts", ())]
+                if not broken:
+                    raise
+                raise ValueError(f"{rows.name}, row(s) {broken}: {error}") from error
             journal.append([{name: getattr(answer, name) for name in ANSWER} for answer in predictions])
             progress.update(len(window))
     answers = pd.DataFrame(list(journal), columns=list(ANSWER))
@@ -200,7 +206,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
     if missing:
         raise ValueError(f"{path}: missing column(s) {missing}; found {list(frame.columns)}.")
     if "mode" in frame:
-        frame = frame[frame["mode"] == frame["mode"].iloc[0]]
+        modes = frame["mode"].fillna("")
+        frame = frame[modes == modes.iloc[0]]
     frame = frame.assign(id=frame["id"].astype(str)).set_index("id")
     twice = frame.index[frame.index.duplicated()].unique().tolist()
     if twice:

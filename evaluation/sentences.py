@@ -1,11 +1,15 @@
 """Sentences, words and numbers of an explanation, as the judges and the measures of language count them."""
 
 import re
+from collections.abc import Iterable
 
 # An end of sentence is followed by no word in small letters, so that "vs. placebo" and "14.3%" stay whole; "mRNA" and
 # "iPTH" begin a sentence.
 _CLOSING = "[\"')\\]\u201d\u2019]*"
 _BOUNDARY = re.compile(rf"(?<=[.!?]){_CLOSING}\s+(?![a-z](?![A-Z])|\s)")
+_MARKS = r"[*_`#>-]{0,4}"  # of Markdown
+# "Verdict:", "**Verdict**:" or "Verdict - ", but no "verdict-based".
+_VERDICT = rf"{_MARKS}[ \t]?{_MARKS}(?<![^\W_])verdict[*_`]*\s*(?::|\uff1a|(?<!\w)[\u2013\u2014-](?!\w))[*_`\s]*"
 _PROPER_END = re.compile(rf"[.!?]{_CLOSING}$")
 _WORD = re.compile("\\w+(?:[.,'\u2019-]\\w+)*")
 _NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:[.·]\d+)?|(?<![\d.])\.\d+")
@@ -25,6 +29,18 @@ def split_sentences(text: str) -> list[str]:
 def without_last_sentence(text: str) -> str:
     """The text without its last sentence, where a teacher puts the verdict; empty where there is no other."""
     return " ".join(split_sentences(text)[:-1])
+
+
+def without_verdict_lines(text: str, verdicts: Iterable[str]) -> str:
+    """The text without what names the verdict as a prompt's line does ("Verdict: supported."), in any mark-up.
+
+    Args:
+        text (`str`): An explanation.
+        verdicts (`Iterable[str]`): The task's two. Where a line begins with another one, its sentence goes.
+    """
+    known = "|".join(re.escape(verdict) for verdict in sorted(verdicts, key=len, reverse=True))
+    text = re.sub(rf"{_VERDICT}(?:{known})(?!\w)[*_`]*\.?[*_`]*", "\n", text, flags=re.IGNORECASE)
+    return re.sub(rf"^[ \t]*{_VERDICT}[^\n.!?]*[.!?]?", "", text, flags=re.IGNORECASE | re.MULTILINE).strip()
 
 
 def ends_properly(text: str) -> bool:

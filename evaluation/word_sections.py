@@ -10,6 +10,7 @@ from clsgen.evaluation.evaluated import CALIBRATED_ON, Evaluated, Section, numbe
 from clsgen.evaluation.intervals import agreement_with_intervals
 from clsgen.evaluation.language import language_report
 from clsgen.evaluation.report import Example, Examples, Paragraph, Part, Table
+from clsgen.evaluation.sentences import without_verdict_lines
 
 LONGEST_TEXT = 900
 
@@ -48,6 +49,11 @@ def alignment(evaluated: Evaluated) -> Section | None:
         "validation explanations, which argue for a known label: no alignment number is worth more than its judge. "
         "Agreement is not faithfulness: it does not show how the number came about."
     )
+    if "free" in evaluated.explained and evaluated.free_is_held:
+        note += (
+            " Free words of this model begin with the verdict line that the LM's own reading decides for at the "
+            "number's threshold."
+        )
     warnings = [
         f"The judge {judge} is unfit (accuracy below 0.95 with the verdict sentence)." for judge in sorted(unfit)
     ]
@@ -96,7 +102,10 @@ def leakage(evaluated: Evaluated) -> Section | None:
     if not evaluated.explained:
         return None
     texts = evaluated.rows.plain()
-    numbers = {mode: leakage_report(frame, texts, evaluated.seed) for mode, frame in evaluated.explained.items()}
+    numbers = {}
+    for mode, frame in evaluated.explained.items():
+        words = [without_verdict_lines(words or "", evaluated.verdicts) for words in frame["explanation"]]
+        numbers[mode] = leakage_report(frame.assign(explanation=words), texts, evaluated.seed)
     rows = []
     for target, of_what in (("predicted", "decision"), ("gold", "true label")):
         for sees in ("input_only", "explanation_only", "both"):

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -34,7 +35,7 @@ from clsgen.evaluation.judges import (
 from clsgen.evaluation.lm_scoring import answer_log_odds, continuation_log_likelihoods
 from clsgen.loopback import is_loopback
 from clsgen.prompting_clsgen import TaskPrompt
-from clsgen.tasks import Task, load_task
+from clsgen.tasks import Task, find_task, load_task
 
 
 class WordJudge(Judge):
@@ -139,6 +140,11 @@ class TestJudges:
             ("Verdict: maybe.\nIt is good.", ["It is good."]),
             ("Verdict: supported.\nVerdict: maybe.\nIt is good.", ["It is good."]),
             ("Verdict: supported.", []),
+            ("It is good.\n**Verdict:** not supported.", ["It is good."]),
+            ("Verdict - supported.\nIt is good.", ["It is good."]),
+            ("- __Verdict__ : supported. It is good.", ["It is good."]),
+            ("It is good.\nverdict: who knows", ["It is good."]),
+            ("Verdict-based, it is good.", ["Verdict-based, it is good."]),
             (" ", []),
             (None, []),
         ],
@@ -146,6 +152,12 @@ class TestJudges:
     def test_never_sees_the_verdict_line(self, judge, explanation, seen):
         assert len(judge.judge([explanation])) == 1
         assert judge.seen == seen
+
+    @pytest.mark.parametrize("verdict", ["yes (present)", "no (absent)"])
+    def test_never_sees_a_verdict_that_ends_in_a_mark(self, prompt, verdict):
+        marked = WordJudge("words", replace(prompt, verdicts=("no (absent)", "yes (present)")))
+        marked.judge([f"It fell.\nVerdict: {verdict}.\nGood."])
+        assert [text.split() for text in marked.seen] == [["It", "fell.", "Good."]]
 
     def test_without_verdict_sentence(self, prompt):
         judge = WordJudge("words", prompt, keeps_verdict=False)
@@ -162,6 +174,8 @@ class TestJudges:
         assert "unmeasured" in str(judge.fitness)
         assert judge.measure([""], [1]).fit is False
         assert math.isnan(judge.fitness.accuracy)
+        shy = judge.measure(["good", *["hm"] * 9], [1] * 10)  # right whenever it answers, but it hardly does
+        assert (shy.accuracy, shy.judged, shy.fit) == (1.0, 1, False)
 
     def test_offline_judges_of_the_embedded_task(self):
         task = load_task("trial_claims")
@@ -177,13 +191,16 @@ class TestJudges:
         assert supported > 0.5 > not_supported
 
     def test_teacher_labels_are_the_teachers_verdicts(self):
-        task = Task("clinifact", PROMPT, ("no", "yes"), DatasetDict())
+        spec = find_task("clinifact")[1]
+        task = Task("clinifact", spec, tuple(spec["labels"]), DatasetDict())
         explanations, labels = teacher_explanations(task, "train")
         assert (len(explanations), set(labels)) == (628, {0, 1})
         row = {"explanation": "It fell.", "label": 1.0}
         split = Dataset.from_list([row, {**row, "label": None}, {**row, "explanation": None}])
         own = Task("my_own", PROMPT, ("no", "yes"), DatasetDict(train=split))
         assert teacher_explanations(own, "train") == (["It fell."], [1])
+        turned = replace(own, name="clinifact")  # ours by name alone: another question, and other labels
+        assert teacher_explanations(turned, "train") == (["It fell."], [1])
         assert teacher_explanations(own, "validation") == ([], [])
 
     def test_too_few_explanations(self, prompt):

@@ -313,6 +313,38 @@ def test_a_mistyped_judge_costs_no_generation(checkpoint, task, tmp_path):
         evaluate(checkpoint, task, tmp_path / "out", modes=["guided"], judges=[])
 
 
+def test_what_can_not_be_compared_costs_no_generation(checkpoint, task, tmp_path):
+    theirs = tmp_path / "theirs.csv"
+    pd.DataFrame({"id": ["elsewhere"], "probability": [0.5]}).to_csv(theirs, index=False)
+    unlabelled = [{"id": "a", "findings": "It fell.", "claim": "It falls.", "label": None}]
+    bare = make_task(tmp_path / "bare", {"train": make_rows("train"), "test": unlabelled})
+    for option in ({"compare": [str(theirs)]}, {"backbone": "a/b/c"}, {"also_on": [bare]}):
+        with pytest.raises(ValueError, match=r"none of its ids|'a/b/c'|No row of .*/test has a label"):
+            evaluate(checkpoint, task, tmp_path / "out", modes=["free"], **option)
+    assert not list((tmp_path / "out").glob("answers/*free*"))
+
+
+def test_other_data_of_the_same_name_are_kept_apart(checkpoint, task, tmp_path):
+    sites = []
+    for site, count in (("here", 6), ("there", 8)):
+        rows = [{**row, "id": f"{site}-{row['id']}"} for row in make_rows("test")[:count]]
+        sites.append(make_task(tmp_path / site, {"train": make_rows("train"), "test": rows}))
+    found = evaluate(checkpoint, task, tmp_path / "out", also_on=sites)["calibration"]
+    assert [found[f"{site}/test (not seen)"]["rows"] for site in sites] == [6, 8]
+
+
+def test_passwords_of_addresses_reach_no_file(checkpoint, task, tmp_path):
+    address = "openai:m@http://alice:s3cret@127.0.0.1:9/v1"
+    argv = ["--judges", address]
+    arguments = EvaluationArguments(
+        model=checkpoint, task=task, modes=["none"], judges=[address], output_dir=str(tmp_path)
+    )
+    evaluate_checkpoint(arguments, argv)
+    for file in (tmp_path / "metrics.json", tmp_path / "report.html", tmp_path / "report.md"):
+        assert "s3cret" not in file.read_text()
+    assert "openai:m@http://...@127.0.0.1:9/v1" in (tmp_path / "metrics.json").read_text()
+
+
 def test_labels_the_other_way_round(checkpoint, task, tmp_path):
     splits = {split: make_rows(split) for split in ("train", "test")}
     turned = make_task(tmp_path / "turned", splits, labels=["supported", "not_supported"])
@@ -412,7 +444,7 @@ def test_a_model_without_finite_probabilities_is_refused(model, task, tmp_path):
     with torch.no_grad():
         model.cls_head.bias.fill_(math.nan)
     folder = str(write_checkpoint(model, tmp_path / "broken", REPORT))
-    with pytest.raises(ValueError, match="reading is not a number"):
+    with pytest.raises(ValueError, match=r"/test, row\(s\) \['test-0', .*reading is not a number"):
         evaluate(folder, task, tmp_path / "out")
 
 
