@@ -40,7 +40,9 @@ COLUMNS = (
     "perplexity_general_ratio", "train_seconds", "texts_per_second", "ece_by_chance", "auroc_alignment_no_verdict",
     "judged_share", "judge_accuracy",
 )  # fmt: skip
-SAME_AUROC = 0.005  # an evaluation scores in other batches than the run that it belongs to
+# An evaluation scores in other batches than the run that it belongs to; the threshold is the same, up to a run on
+# another machine.
+SAME_AUROC, SAME_THRESHOLD = 0.005, 1e-4
 SCORES = ("auroc", "average_precision", "f1", "brier", "ece")
 # What each number of a CLSGen row must be, by mode ("" for each): a column, "at least" or "at most", and a limit.
 TARGETS = (
@@ -91,8 +93,10 @@ def read_evaluation(place: Path, run: dict[str, Any]) -> dict[str, Any]:
     if evaluation["split"] != "test" or evaluation["arguments"]["limit"] is not None:
         raise ValueError(f"{file} is not of the whole test split: the table has no place for it.")
     aurocs = run["test"]["auroc"], evaluation["classification"]["auroc"]["value"]
-    if None not in aurocs and abs(aurocs[0] - aurocs[1]) > SAME_AUROC:
-        raise ValueError(f"{file} is of another checkpoint: its AUROC is {aurocs[1]:.4f}, the run's {aurocs[0]:.4f}.")
+    thresholds = run.get("threshold"), evaluation.get("threshold")
+    for name, (ours, theirs), most in (("AUROC", aurocs, SAME_AUROC), ("threshold", thresholds, SAME_THRESHOLD)):
+        if None not in (ours, theirs) and abs(ours - theirs) > most:
+            raise ValueError(f"{file} is of another checkpoint: its {name} is {theirs:.4f}, the run's {ours:.4f}.")
     return evaluation
 
 
@@ -262,7 +266,9 @@ def markdown(rows: list[Row]) -> str:
         "has not been measured, or is undefined. `ece_by_chance` is the "
         "mean calibration error that a perfectly calibrated model with these probabilities shows on so few rows "
         f"(Bröcker and Smith, 2007). Alignment is by the judge `{JUDGE}`, over the `judged_share` of the rows that "
-        "have words for it; `judge_accuracy` is its own, on the teacher's validation explanations. "
+        "have words for it; `judge_accuracy` is its own, on the teacher's validation explanations. Free words of "
+        "CLSGen begin with the verdict line that the LM's own reading decides for at the number's threshold, where "
+        "that reading is a part of the number or guidance is on; those of `sft-only` with a line that its LM writes. "
         "`auroc_alignment_no_verdict` is by one that does not see the last sentence, where the verdict stands. "
         "`train_seconds` and `texts_per_second` are wall time on one or two CPU cores, often beside other work: "
         "orders of magnitude. For `clsgen-*` and ablations, `train_seconds` takes in scoring the test split.",

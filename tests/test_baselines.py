@@ -145,9 +145,10 @@ def test_sft_learns_words_and_verdicts_alone_on_completions(task, backbones):
     ]  # fmt: skip
     assert changed
     assert not any("embed" in name or "norm" in name for name in changed)
-    trained = baseline.logits(rows)
+    gained = baseline.logits(rows)
     baseline._model = before
-    assert not np.allclose(trained, baseline.logits(rows))
+    gained -= baseline.logits(rows)
+    assert gained[labels_of(rows) == 1].mean() > gained[labels_of(rows) == 0].mean()
 
 
 def test_sft_row_without_explanation_teaches_the_verdict_and_not_to_stop_there(task, backbones):
@@ -276,7 +277,22 @@ def test_options():
         parse_options(["epochs"])
 
 
+def test_results_of_other_settings_are_not_replaced(task, tmp_path):
+    run(system_class("cnn")(task, 0, "", epochs=1), "cnn", tmp_path)
+    before = (tmp_path / "metrics.json").read_text()
+    with pytest.raises(ValueError, match="holds the results of another settings"):
+        run(system_class("cnn")(task, 0, "", epochs=2), "cnn", tmp_path)
+    with pytest.raises(ValueError, match="holds the results of another backbone: None"):
+        run(system_class("cnn")(task, 0, "", epochs=1), "cnn", tmp_path, backbone="one")
+    assert (tmp_path / "metrics.json").read_text() == before
+    run(system_class("cnn")(task, 0, "", epochs=1), "cnn", tmp_path)
+
+
 def test_says_what_it_cannot_use(task):
+    one_class = task.splits["validation"].filter(lambda row: row["label"] == 1)
+    splits = DatasetDict({**task.splits, "validation": one_class})
+    with pytest.raises(ValueError, match="holds one class only"):
+        run(system_class("cnn")(replace(task, splits=splits), 0, ""), "cnn")
     with pytest.raises(ValueError, match=r"has no option \['epoch'\]; it has \['batch_size'"):
         system_class("cnn")(task, 0, "", epoch=3)
     bare = Task("bare", PROMPT, ("no", "yes"), DatasetDict(train=task.splits["train"]))

@@ -41,7 +41,7 @@ def results(tmp_path):
         write_json(tmp_path / f"my/cnn/seed-{seed}/metrics.json", run(auroc, system="cnn", train_seconds=seed))
     write_json(tmp_path / "my/encoder-probe/seed-0/metrics.json", run(0.86, system="encoder-probe"))
     write_json(tmp_path / "my/tfidf/seed-0/metrics.json", run(0.90, system="tfidf", texts_per_second=10.0))
-    write_json(tmp_path / "my/small/metrics.json", run(0.85, wall_seconds=7.0))
+    write_json(tmp_path / "my/small/metrics.json", run(0.85, wall_seconds=7.0, threshold=0.4))
     write_json(tmp_path / "my/small/evaluation/metrics.json", evaluation)
     write_json(tmp_path / "my/ablations/packing/seed-0/metrics.json", run(0.99))
     write_json(tmp_path / "my/unfinished/metrics.json", {"validation": {"auroc": 0.9}})
@@ -75,6 +75,7 @@ def test_rows(results):
             {"classification": {"auroc": {"value": 0.9}}},
             r"another checkpoint: its AUROC is 0\.9000, the run's 0\.8500",
         ),
+        ({"threshold": 0.41}, r"another checkpoint: its threshold is 0\.4100, the run's 0\.4000"),
     ],
 )
 def test_an_evaluation_of_something_else_is_refused(results, change, message):

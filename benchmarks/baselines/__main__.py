@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import math
+from pathlib import Path
 
 import yaml
 from transformers import set_seed
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--data_dir", help="source that the task's prepare.py reads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="for the systems that have one")
+    parser.add_argument("--results_dir", type=Path, help="results/<task>/<system>/seed-<seed> by default")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the system")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -68,9 +70,10 @@ def main() -> None:
         task = load_task(arguments.task, arguments.data_dir)
         backbone = "" if arguments.system in WITHOUT_BACKBONE else resolve_backbone(arguments.backbone)
         baseline = system_class(arguments.system)(task, arguments.seed, backbone, **parse_options(arguments.set))
+        named = arguments.backbone if backbone else None
+        test = run(baseline, arguments.system, arguments.results_dir, named)["test"]
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    test = run(baseline, arguments.system)["test"]
     figures = ", ".join(
         f"{name} {'undefined' if math.isnan(test[name]) else format(test[name], '.3f')}"
         for name in ("auroc", "f1", "ece")

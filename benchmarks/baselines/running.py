@@ -5,6 +5,7 @@ cross-validation there or by the validation split, on which temperature, bias an
 `train_sft_cls.py` does. The test split is scored once, at the end.
 """
 
+import json
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -93,7 +94,7 @@ def labels_of(rows: Sequence[Row]) -> np.ndarray:
     return np.array([int(row["label"]) for row in rows])
 
 
-def run(baseline: Baseline, system: str, folder: Path | None = None) -> dict[str, Any]:
+def run(baseline: Baseline, system: str, folder: Path | None = None, backbone: str | None = None) -> dict[str, Any]:
     """Fits, calibrates and scores a baseline; writes `metrics.json` and `test_predictions.json`.
 
     Args:
@@ -101,11 +102,22 @@ def run(baseline: Baseline, system: str, folder: Path | None = None) -> dict[str
         system (`str`): Its name.
         folder (`Path`, *optional*, defaults to `results/<task>/<system>/seed-<seed>`): For a credentialed task it is
             below `outputs/` by default, which git ignores.
+        backbone (`str`, *optional*): What the caller calls the backbone, where there is one.
+
+    Raises:
+        ValueError: for a split without labelled rows, validation rows of one class, or a folder that holds the results
+            of other settings or another backbone; nothing has been fitted then.
     """
     task, start = baseline.task, time.perf_counter()
     validation, test = labelled(task, "validation"), labelled(task, "test")
+    if len(set(labels_of(validation))) < 2:
+        raise ValueError(f"The validation split of {task.name!r} holds one class only: nothing to calibrate on.")
+    results = RESULTS.parent / "outputs" / "results" if task.credentialed else RESULTS
+    folder = folder or results / task.name / system / f"seed-{baseline.seed}"
     report: dict[str, Any] = {"task": task.name, "system": system, "seed": baseline.seed, **describe_run()}
-    report["settings"], report["chosen"] = baseline.settings, baseline.fit()
+    report |= {"backbone": backbone, "settings": baseline.settings}
+    _check_free(folder, report)
+    report["chosen"] = baseline.fit()
     logits = baseline.validation_logits()
     report["train_seconds"] = round(baseline.earlier_seconds + time.perf_counter() - start, 2)
     temperature, bias = fit_temperature_and_bias(logits, labels_of(validation))
@@ -120,13 +132,24 @@ def run(baseline: Baseline, system: str, folder: Path | None = None) -> dict[str
     report["test"] = classification_metrics(labels_of(test), probabilities, threshold)
     report |= describe_words(baseline, test, probabilities, threshold)
     report["wall_seconds"] = round(baseline.earlier_seconds + time.perf_counter() - start, 2)
-    results = RESULTS.parent / "outputs" / "results" if task.credentialed else RESULTS
-    folder = folder or results / task.name / system / f"seed-{baseline.seed}"
     ids = [row["id"] for row in test]
     predictions = prediction_records(ids, labels_of(test), logits, probabilities, threshold)
     write_json(folder / "test_predictions.json", predictions)
     write_json(folder / "metrics.json", report)
     return report
+
+
+def _check_free(folder: Path, report: dict[str, Any]) -> None:
+    """Refuses to replace the results of another run than this one made again."""
+    if not (folder / "metrics.json").is_file():
+        return
+    former = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    for name in ("backbone", "settings"):
+        if name in former and former[name] != json.loads(json.dumps(report[name])):
+            raise ValueError(
+                f"{folder} holds the results of another {name}: {former[name]}, and this run's is {report[name]}. "
+                "Move them away, or give --results_dir."
+            )
 
 
 def describe_words(
@@ -150,7 +173,7 @@ def describe_words(
             del report["judged_probability"], report["judged_label"]
         texts, references = [task.text_of(row) for row in rows], [row["explanation"] for row in rows]
         found["alignment"][mode] = reports
-        found["language"][mode] = language_report(explanations, texts, references)
+        found["language"][mode] = language_report(explanations, texts, references, question=task.asked)
     model = baseline.language_model()
     if model is not None:
         found["collapse"] = perplexity_report(model, baseline.backbone, task, baseline.guided)
