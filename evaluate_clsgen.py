@@ -115,6 +115,11 @@ class EvaluationArguments:
             raise ValueError(f"`modes` is `guided`, `free`, both, or `none` alone, got {self.modes}.")
         if not self.judges:
             raise ValueError("`judges` is empty: name a judge, leave it out, or take `modes` none.")
+        self.judges = list(dict.fromkeys(self.judges))
+        names = [judge.partition("@")[0] if judge.startswith("openai:") else judge for judge in self.judges]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"`judges` names {name} at two addresses: ask each in an evaluation of its own.")
         for name, least in (("limit", 1), ("bootstrap_samples", 100), ("examples", 0), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -224,11 +229,7 @@ def _judges(task: Task, arguments: EvaluationArguments, folder: Path) -> tuple[l
         return [], {}
     if arguments.judges == list(DEFAULT_JUDGES):
         return default_judges(task)
-    judges = [make_judge(spec, task, folder) for spec in arguments.judges]
-    names = [judge.name for judge in judges]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`judges` names one twice: {', '.join(names)}. Evaluate by each address on its own.")
-    return judges, {}
+    return [make_judge(spec, task, folder) for spec in arguments.judges], {}
 
 
 def _judge(evaluated: Evaluated, judges: list[Judge]) -> None:

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from clsgen.run_record import describe_run, peak_memory_mib, without_secrets
 from clsgen.scoring import CalibrationArguments, check_validation_split, classified, measure, table
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.sharding import check_launch, gather_model
-from clsgen.tasks import Task, class_counts, load_task
+from clsgen.tasks import Task, class_counts, find_task, load_task
 from clsgen.trainer_clsgen import (
     ClsGenSFTTrainer,
     encode_split,
@@ -124,6 +125,13 @@ class ModelArguments(ModelConfig):
         metadata={"help": "Layers below this one stay frozen; `auto`: those that the head reads, two thirds at most."},
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if str(self.lora_first_layer).isdigit():
+            self.lora_first_layer = int(self.lora_first_layer)  # as a recipe has it: a flag's is the same run
+        elif self.lora_first_layer != AUTO:
+            raise ValueError(f"`lora_first_layer` is a layer from 0, or `auto`, got {self.lora_first_layer!r}.")
+
 
 def parse_reads(reads: list[str] | str | None) -> list[tuple[int, str]] | None:
     """`["14:mean", "18:decision"]` to `[(14, "mean"), (18, "decision")]`, and `["auto"]` or `"auto"` to `None`.
@@ -141,8 +149,10 @@ def parse_reads(reads: list[str] | str | None) -> list[tuple[int, str]] | None:
     return parsed or None
 
 
-def first_lora_layer(model: PreTrainedModel, asked: str | int) -> int:
-    """Index of the lowest layer that LoRA trains; `auto` leaves what the model's head reads as it is.
+def first_lora_layer(model: PreTrainedModel, asked: int | str) -> int:
+    """Index of the lowest layer that LoRA trains.
+
+    With `auto`, what the model's head reads stays as it is, unless that lies above two thirds of the depth.
 
     Raises:
         ValueError: for a layer that the backbone doesn't have.
@@ -150,12 +160,12 @@ def first_lora_layer(model: PreTrainedModel, asked: str | int) -> int:
     layers = model.config.get_text_config().num_hidden_layers
     if asked == AUTO:
         return min(max(model.read_layers()), int(MOST_FROZEN * layers))
-    if not str(asked).isdigit() or int(asked) >= layers:
+    if asked >= layers:
         raise ValueError(
-            f"`lora_first_layer` is {asked!r}, but this backbone has {layers} layers: give one from 0, which trains "
-            f"all, to {layers - 1}, or `auto`."
+            f"`lora_first_layer` is {asked}, but this backbone has {layers} layers: nothing would train. Give a lower "
+            "one; 0 trains all layers."
         )
-    return int(asked)
+    return asked
 
 
 def lora_config(model: PreTrainedModel, arguments: ModelArguments) -> LoraConfig | None:
@@ -390,18 +400,25 @@ def publication(task: Task, arguments: TaskArguments, training: ClsGenSFTConfig,
     return asked
 
 
-def recipe_of(argv: list[str]) -> str:
-    """Path of a command line's recipe: the one that it names, its task's own, or that for any task."""
+def split_off_recipe(argv: list[str]) -> tuple[str, list[str]]:
+    """Path of a command line's recipe, and its other arguments.
+
+    It is the one that `--config` names; or else, for a task of ours, the one of that name; or else that for any task.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
+    named, others = parser.parse_known_args(argv)
     parser.add_argument("--task", default="trial_claims")
-    named = parser.parse_known_args(argv)[0]
-    own = named.task if named.task in {path.stem for path in RECIPES.glob("*.yaml")} else "any_task"
-    return named.config or str(RECIPES / f"{own}.yaml")
+    own = RECIPES / "any_task.yaml"
+    with suppress(FileNotFoundError):  # a task that isn't there is an error later on
+        folder = find_task(parser.parse_known_args(others)[0].task)[0].resolve()
+        if folder.parent == ROOT / "data" and (RECIPES / f"{folder.name}.yaml").is_file():
+            own = RECIPES / f"{folder.name}.yaml"
+    return named.config or str(own), others
 
 
 def read_recipe(path: str) -> str:
-    """The recipe's text, for the checkpoint; tokens are no part of it."""
+    """The recipe's text, for the checkpoint; tokens and passwords are no part of it."""
     return without_secrets(Path(path).read_text(encoding="utf-8"))
 
 
@@ -413,10 +430,9 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
         run (`dict`, *optional*): What [`run_record.describe_run`] says of another command that this one is part of.
     """
     argv = sys.argv[1:] if argv is None else argv
-    recipe = recipe_of(argv)
+    recipe, others = split_off_recipe(argv)
     parser = TrlParser((TaskArguments, ClsGenSFTConfig, ModelArguments))
-    default = [] if "--config" in argv else ["--config", recipe]
-    arguments, training, model_arguments = parser.parse_args_and_config([*default, *argv])
+    arguments, training, model_arguments = parser.parse_args_and_config(["--config", recipe, *others])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "accelerate", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

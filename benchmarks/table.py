@@ -17,7 +17,6 @@ from typing import Any
 
 from benchmarks.baselines.__main__ import SYSTEMS
 from clsgen.atomic_io import write_text
-from clsgen.evaluation.judges import MIN_ACCURACY
 from clsgen.evaluation.predictions import read_predictions
 from clsgen.evaluation.resampling import perfectly_calibrated_errors
 from clsgen.table_files import read_rows, write_rows
@@ -177,6 +176,7 @@ def words_of(runs: list[dict[str, Any]], mode: str) -> Row:
         "contradiction_rate": ("alignment", mode, JUDGE, "contradiction_rate"),
         "auroc_alignment_no_verdict": ("alignment", mode, JUDGE_OF_THE_REST, "auroc_alignment"),
         "judge_accuracy": ("alignment", mode, JUDGE, "judge", "fitness", "accuracy"),
+        "judge_fit": ("alignment", mode, JUDGE, "judge", "fitness", "fit"),
         "flesch_reading_ease": ("language", mode, "flesch_reading_ease"),
         "rep4": ("language", mode, "rep4"),
     }
@@ -239,9 +239,11 @@ def _stronger_rivals(ours: Row, rows: list[Row]) -> Iterator[tuple[str, str]]:
 
 
 def _unfit_judges(ours: list[Row]) -> Iterator[tuple[str, str]]:
-    accuracy = next((row["judge_accuracy"] for row in ours if row["judge_accuracy"] is not None), None)
-    if accuracy is not None and accuracy < MIN_ACCURACY:
-        yield "judge", f"the judge {JUDGE} is unfit (its accuracy is {accuracy:.3f}): alignment by it means little."
+    for row in ours:
+        if row.get("judge_fit") is not None and row["judge_fit"] < 1:
+            accuracy = cell(row["judge_accuracy"])
+            yield "judge", f"the judge {JUDGE} is unfit (its accuracy is {accuracy}): alignment by it means little."
+            return
 
 
 def cell(value: Any, digits: int = 3) -> str:
@@ -268,7 +270,7 @@ def markdown(rows: list[Row]) -> str:
         f"(Bröcker and Smith, 2007). Alignment is by the judge `{JUDGE}`, over the `judged_share` of the rows that "
         "have words for it; `judge_accuracy` is its own, on the teacher's validation explanations. Free words of "
         "CLSGen begin with the verdict line that the LM's own reading decides for at the number's threshold, where "
-        "that reading is a part of the number or guidance is on; those of `sft-only` with a line that its LM writes. "
+        "that reading is a part of the number or guidance is on; those of baselines with a line that their LM writes. "
         "`auroc_alignment_no_verdict` is by one that does not see the last sentence, where the verdict stands. "
         "`train_seconds` and `texts_per_second` are wall time on one or two CPU cores, often beside other work: "
         "orders of magnitude. For `clsgen-*` and ablations, `train_seconds` takes in scoring the test split.",

@@ -51,7 +51,7 @@ def rows_to_ask(
         of_split = "test" if "test" in other.splits else "train"
         rows = labelled_texts(other, of_split, fields, limit, seed)
         if names.count(other.name) > 1:
-            rows = replace(rows, name=f"{given}/{of_split}")
+            rows = replace(rows, name=f"also_on {given}/{of_split}")
         others[f"{rows.name} ({relation(model, other, of_split)})"] = rows
     validation = None
     if "validation" in task.splits and split != "validation":

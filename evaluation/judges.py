@@ -52,8 +52,9 @@ class Fitness:
         accuracy, auroc (`float`): On the teacher's validation explanations; nan where it judged none (for the AUROC,
             where these argue for one label only).
         rows, judged (`int`): Explanations, and how many of them it gave an answer on.
-        fit (`bool`, *optional*): Whether the accuracy reaches 0.95; `None` without explanations to measure it by, and
-            for a judge that is kept from the verdict sentence, since it does the harder task on purpose.
+        fit (`bool`, *optional*): Whether it is right on 95% of them all, answered or not; `None` without explanations
+            to measure it by, and for a judge that is kept from the verdict sentence, since it does the harder task on
+            purpose.
     """
 
     accuracy: float

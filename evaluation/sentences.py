@@ -7,9 +7,10 @@ from collections.abc import Iterable
 # "iPTH" begin a sentence.
 _CLOSING = "[\"')\\]\u201d\u2019]*"
 _BOUNDARY = re.compile(rf"(?<=[.!?]){_CLOSING}\s+(?![a-z](?![A-Z])|\s)")
-_MARKS = r"[*_`#>-]{0,4}"  # of Markdown
-# "Verdict:", "**Verdict**:" or "Verdict - ", but no "verdict-based".
-_VERDICT = rf"{_MARKS}[ \t]?{_MARKS}(?<![^\W_])verdict[*_`]*\s*(?::|\uff1a|(?<!\w)[\u2013\u2014-](?!\w))[*_`\s]*"
+# "Verdict:", "**Verdict** =" or "Verdict - ", but no "verdict-based"; up to four marks of Markdown stand before it.
+_VERDICT = r"[*_`#>-]{0,4}[ \t]?[*_`#>-]{0,4}(?<![^\W_])verdict[*_`]*"
+_COLON = r"(?:[:=\uff1a\u2013\u2014]|(?<!\w)-(?!\w))[*_`]*"
+_ANY_VERDICT = re.compile(rf"^[ \t]*{_VERDICT}[ \t]*{_COLON}(.*)$", re.IGNORECASE | re.MULTILINE)
 _PROPER_END = re.compile(rf"[.!?]{_CLOSING}$")
 _WORD = re.compile("\\w+(?:[.,'\u2019-]\\w+)*")
 _NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:[.·]\d+)?|(?<![\d.])\.\d+")
@@ -39,8 +40,9 @@ def without_verdict_lines(text: str, verdicts: Iterable[str]) -> str:
         verdicts (`Iterable[str]`): The task's two. Where a line begins with another one, its sentence goes.
     """
     known = "|".join(re.escape(verdict) for verdict in sorted(verdicts, key=len, reverse=True))
-    text = re.sub(rf"{_VERDICT}(?:{known})(?!\w)[*_`]*\.?[*_`]*", "\n", text, flags=re.IGNORECASE)
-    return re.sub(rf"^[ \t]*{_VERDICT}[^\n.!?]*[.!?]?", "", text, flags=re.IGNORECASE | re.MULTILINE).strip()
+    told = rf"{_VERDICT}\s*(?:{_COLON}|\n)[*_`\s]*(?:{known})(?!\w)[*_`]*\.?[*_`]*"
+    text = re.sub(told, "\n", text, flags=re.IGNORECASE)
+    return _ANY_VERDICT.sub(lambda line: " ".join(split_sentences(line.group(1))[1:]), text).strip()
 
 
 def ends_properly(text: str) -> bool:

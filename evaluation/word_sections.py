@@ -55,7 +55,8 @@ def alignment(evaluated: Evaluated) -> Section | None:
             "number's threshold."
         )
     warnings = [
-        f"The judge {judge} is unfit (accuracy below 0.95 with the verdict sentence)." for judge in sorted(unfit)
+        f"The judge {judge} is unfit (right on fewer than 95% of the teacher's explanations)."
+        for judge in sorted(unfit)
     ]
     warnings += [f"Alignment by {judge} is undefined: {reason}." for judge, reason in evaluated.unjudged.items()]
     blocks = [

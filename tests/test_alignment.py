@@ -144,6 +144,11 @@ class TestJudges:
             ("Verdict - supported.\nIt is good.", ["It is good."]),
             ("- __Verdict__ : supported. It is good.", ["It is good."]),
             ("It is good.\nverdict: who knows", ["It is good."]),
+            ("Verdict\u2014supported. It is good.", ["It is good."]),
+            ("## Verdict\nnot supported\nIt is good.", ["It is good."]),
+            ("Verdict = supported.\nIt is good.", ["It is good."]),
+            ("Verdict: the ratio of 0.65 shows it is supported.\nIt is good.", ["It is good."]),
+            ("Verdict:\nIt is good.", ["It is good."]),
             ("Verdict-based, it is good.", ["Verdict-based, it is good."]),
             (" ", []),
             (None, []),
@@ -220,6 +225,9 @@ class TestJudges:
         answers = judge.judge(explanations)
         for explanation, answer in zip(explanations, answers, strict=True):
             ids = judge._encoder.encode({"explanation": explanation}).input_ids
+            asked = tokenizer.decode(ids)
+            assert explanation in asked
+            assert 'argue that the answer is "supported", rather than "not supported"? Reply Yes or No' in asked
             scores = []
             for word in ("No", "Yes"):
                 continuation = tokenizer(word)["input_ids"]

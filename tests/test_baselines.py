@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from benchmarks.baselines.__main__ import SYSTEMS, parse_options, system_class
 from benchmarks.baselines.cnn import TextCnn
 from benchmarks.baselines.fine_tuning import ClassificationOnly, SftOnly, TwoModels
 from benchmarks.baselines.prompting import first_difference, verbalised_probability
-from benchmarks.baselines.running import labelled, labels_of, run
+from benchmarks.baselines.running import RefusedRunError, labelled, labels_of, run
+from clsgen.backbones import DEFAULT_BACKBONE
 from clsgen.frozen_layers import FrozenLayers
 from clsgen.tasks import Task
 
@@ -61,7 +63,7 @@ SMALL = {
         "explainer": {"lora_r": 2, "lora_first_layer": 0, "max_explanation_length": 24},
     },
 }
-EXPLAINING = {"sft-only": {"free", "guided"}, "two-models": {"guided"}}
+EXPLAINING = {"sft-only": {"free", "guided"}, "two-models": {"guided"}, "classification-only": {"free"}}
 WITH_LANGUAGE_MODEL = {"sft-only", "two-models", "classification-only"}
 
 
@@ -211,6 +213,17 @@ def test_a_cut_training_goes_on_from_its_last_checkpoint(kind, task, backbones, 
     assert not clock.parent.exists()
 
 
+def test_a_classifier_has_no_words_to_lose_where_nobody_wrote_any(task, backbones):
+    bare = {
+        name: Dataset.from_list([{**row, "explanation": None} for row in rows], features=rows.features)
+        for name, rows in task.splits.items()
+    }
+    baseline = ClassificationOnly(replace(task, splits=DatasetDict(bare)), 0, backbones["llama"], lora_r=2, epochs=1)
+    baseline.fit()
+    assert baseline.explain(labelled(task, "test"), [1] * 16) == {}
+    assert baseline.language_model() is baseline.language_model()
+
+
 def test_two_models_are_the_classifier_and_the_explainer_trained_once(task, backbones):
     parts = {ClassificationOnly: {"epochs": 1, "lora_r": 2}, SftOnly: {"lora_first_layer": 0, "epochs": 1}}
     alone = [part(task, 0, backbones["llama"], **options) for part, options in parts.items()]
@@ -220,7 +233,7 @@ def test_two_models_are_the_classifier_and_the_explainer_trained_once(task, back
     assert [alone[0].fit(), alone[1].fit()] == list(both.fit().values())
     rows = labelled(task, "test")
     assert np.array_equal(both.logits(rows), alone[0].logits(rows))
-    written = alone[1].generate(alone[1].prompts(rows), [1] * len(rows))
+    written = alone[1].generate(alone[1].language_model(), alone[1].prompts(rows), [1] * len(rows))
     assert both.explain(rows, [1] * len(rows)) == {"guided": written}
     assert both.earlier_seconds > 0 == alone[0].earlier_seconds
     other = SftOnly(task, 1, backbones["llama"], **parts[SftOnly])
@@ -280,18 +293,33 @@ def test_options():
 def test_results_of_other_settings_are_not_replaced(task, tmp_path):
     run(system_class("cnn")(task, 0, "", epochs=1), "cnn", tmp_path)
     before = (tmp_path / "metrics.json").read_text()
-    with pytest.raises(ValueError, match="holds the results of another settings"):
-        run(system_class("cnn")(task, 0, "", epochs=2), "cnn", tmp_path)
-    with pytest.raises(ValueError, match="holds the results of another backbone: None"):
-        run(system_class("cnn")(task, 0, "", epochs=1), "cnn", tmp_path, backbone="one")
+    for changed, (seed, epochs, backbone) in {
+        "settings": (0, 2, None), "seed": (1, 1, None), "backbone": (0, 1, "one")
+    }.items():  # fmt: skip
+        with pytest.raises(RefusedRunError, match=f"another value of `{changed}`"):
+            run(system_class("cnn")(task, seed, "", epochs=epochs), "cnn", tmp_path, backbone=backbone)
     assert (tmp_path / "metrics.json").read_text() == before
     run(system_class("cnn")(task, 0, "", epochs=1), "cnn", tmp_path)
+
+
+def test_a_result_file_that_lacks_a_setting_had_its_default(task, backbones, tmp_path):
+    folder = tmp_path / "results"
+    again = partial(run, system_class("zero-shot-logprob")(task, 0, backbones["llama"]), "zero-shot-logprob", folder)
+    again(backbone=DEFAULT_BACKBONE)
+    report = json.loads((folder / "metrics.json").read_text())
+    former = {name: value for name, value in report.items() if name != "backbone"}
+    former["settings"] = {}
+    (folder / "metrics.json").write_text(json.dumps(former))
+    again(backbone=DEFAULT_BACKBONE)
+    (folder / "metrics.json").write_text(json.dumps(former))
+    with pytest.raises(RefusedRunError, match="another value of `backbone`"):
+        again(backbone="another/one")
 
 
 def test_says_what_it_cannot_use(task):
     one_class = task.splits["validation"].filter(lambda row: row["label"] == 1)
     splits = DatasetDict({**task.splits, "validation": one_class})
-    with pytest.raises(ValueError, match="holds one class only"):
+    with pytest.raises(RefusedRunError, match="holds one class only"):
         run(system_class("cnn")(replace(task, splits=splits), 0, ""), "cnn")
     with pytest.raises(ValueError, match=r"has no option \['epoch'\]; it has \['batch_size'"):
         system_class("cnn")(task, 0, "", epoch=3)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import string
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,6 +32,9 @@ CHROMIUM = [
 
 @pytest.fixture
 def checkpoint(model, tmp_path):
+    # A random model writes special tokens and blanks, which are no words.
+    letters = set(model.tokenizer.convert_tokens_to_ids(list(string.ascii_lowercase)))
+    model.generation_config.suppress_tokens = sorted(set(range(model.config.text_config.vocab_size)) - letters)
     model.generation_config.max_new_tokens = 4
     return str(write_checkpoint(model, tmp_path / "model", REPORT))
 
@@ -114,6 +118,23 @@ def test_numbers_and_files(checkpoint, model, task, tmp_path):
         assert (output / plot).read_text().startswith("<svg")
     assert f"{written['classification']['auroc']['value']:.3f}" in markdown
     assert "Do the words agree with the number?" in (output / "report.html").read_text()
+
+
+def test_examples_are_what_their_titles_say(checkpoint, task, tmp_path):
+    metrics = evaluate(checkpoint, task, tmp_path, modes=["guided"], examples=2)
+    rows = pd.read_parquet(tmp_path / "predictions.parquet").set_index("id")
+    distance = (rows["probability"] - metrics["threshold"]).abs().sort_values()
+    right = rows["predicted"] == rows["gold"]
+    contradictory = rows["judged_label"].notna() & (rows["judged_label"] != rows["predicted"])
+    assert rows["judged_label"].notna().any()
+    for title, of_kind, nearest in (
+        ("right", right, False), ("wrong", ~right, False), ("contradictory", contradictory, False),
+        ("least certain", right | ~right, True),
+    ):  # fmt: skip
+        ranked = [row_id for row_id in distance.index if of_kind[row_id]]
+        expected = ranked[:2] if nearest else ranked[::-1][:2]
+        assert distance[metrics["examples"][title]].tolist() == pytest.approx(distance[expected].tolist())
+        assert of_kind[metrics["examples"][title]].all()
 
 
 def test_words_at_another_guidance_than_the_checkpoints(checkpoint, model, task, tmp_path):
@@ -311,26 +332,37 @@ def test_a_mistyped_judge_costs_no_generation(checkpoint, task, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="`judges` is empty"):
         evaluate(checkpoint, task, tmp_path / "out", modes=["guided"], judges=[])
+    with pytest.raises(ValueError, match="names openai:m at two addresses"):
+        evaluate(
+            checkpoint, task, tmp_path / "out", modes=["guided"], judges=["openai:m@http://a", "openai:m@http://b"]
+        )
 
 
-def test_what_can_not_be_compared_costs_no_generation(checkpoint, task, tmp_path):
-    theirs = tmp_path / "theirs.csv"
-    pd.DataFrame({"id": ["elsewhere"], "probability": [0.5]}).to_csv(theirs, index=False)
-    unlabelled = [{"id": "a", "findings": "It fell.", "claim": "It falls.", "label": None}]
-    bare = make_task(tmp_path / "bare", {"train": make_rows("train"), "test": unlabelled})
-    for option in ({"compare": [str(theirs)]}, {"backbone": "a/b/c"}, {"also_on": [bare]}):
-        with pytest.raises(ValueError, match=r"none of its ids|'a/b/c'|No row of .*/test has a label"):
-            evaluate(checkpoint, task, tmp_path / "out", modes=["free"], **option)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"compare": ["theirs.csv"]}, "none of its ids"),
+        ({"backbone": "a/b/c"}, "'a/b/c'"),
+        ({"also_on": ["bare"]}, "No row of other/test has a label"),
+    ],
+)
+def test_what_can_not_be_compared_costs_no_generation(checkpoint, task, tmp_path, monkeypatch, option, message):
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame({"id": ["elsewhere"], "probability": [0.5]}).to_csv("theirs.csv", index=False)
+    make_task(tmp_path / "bare", {"train": make_rows("train"), "test": make_rows("test", label=None)}, name="other")
+    with pytest.raises(ValueError, match=message):
+        evaluate(checkpoint, task, tmp_path / "out", modes=["free"], **option)
     assert not list((tmp_path / "out").glob("answers/*free*"))
 
 
 def test_other_data_of_the_same_name_are_kept_apart(checkpoint, task, tmp_path):
-    sites = []
+    sites = []  # of the same name as the reported one
     for site, count in (("here", 6), ("there", 8)):
         rows = [{**row, "id": f"{site}-{row['id']}"} for row in make_rows("test")[:count]]
         sites.append(make_task(tmp_path / site, {"train": make_rows("train"), "test": rows}))
     found = evaluate(checkpoint, task, tmp_path / "out", also_on=sites)["calibration"]
-    assert [found[f"{site}/test (not seen)"]["rows"] for site in sites] == [6, 8]
+    assert [found[f"also_on {site}/test (not seen)"]["rows"] for site in sites] == [6, 8]
+    assert found["tiny/test (not seen)"]["rows"] == 12
 
 
 def test_passwords_of_addresses_reach_no_file(checkpoint, task, tmp_path):

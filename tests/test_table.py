@@ -21,7 +21,7 @@ def run(auroc, **others):
 
 @pytest.fixture
 def results(tmp_path):
-    judge = {"fitness": {"accuracy": 0.96}}
+    judge = {"fitness": {"accuracy": 0.96, "fit": True}}
     words = {
         "judge": judge, "judged": 9, "rows": 10, "auroc_alignment": 0.9, "kappa": 0.8, "contradiction_rate": 0.1,
     }  # fmt: skip
@@ -88,8 +88,8 @@ def test_an_evaluation_of_something_else_is_refused(results, change, message):
 def test_an_unfit_judge_is_told(results):
     file = results / "my/small/evaluation/metrics.json"
     evaluation = json.loads(file.read_text(encoding="utf-8"))
-    evaluation["alignment"]["guided"]["tfidf"]["judge"]["fitness"]["accuracy"] = 0.6
-    evaluation["alignment"]["free"]["tfidf"]["judge"]["fitness"]["accuracy"] = 0.6
+    for mode in ("guided", "free"):
+        evaluation["alignment"][mode]["tfidf"]["judge"]["fitness"] = {"accuracy": 0.6, "fit": False}
     write_json(file, evaluation)
     sentence = "my, clsgen-small: the judge tfidf is unfit (its accuracy is 0.600): alignment by it means little."
     assert sentence in shortfalls(table_rows(results, ["my"]))

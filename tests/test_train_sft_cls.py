@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import yaml
@@ -13,7 +14,15 @@ from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.classification_metrics import classification_metrics
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import load_task
-from clsgen.train_sft_cls import RECIPES, ModelArguments, TaskArguments, build_model, main, parse_reads, recipe_of
+from clsgen.train_sft_cls import (
+    RECIPES,
+    ModelArguments,
+    TaskArguments,
+    build_model,
+    main,
+    parse_reads,
+    split_off_recipe,
+)
 
 
 @pytest.fixture
@@ -178,24 +187,28 @@ def test_flags_override_the_recipe_and_unknown_keys_are_errors(task_folder, back
     arguments = command(task_folder, backbones["llama"], tmp_path / "out", "--seed", "4", "--num_examples", "0")
     place = arguments.index("--cls_reads")
     arguments = arguments[:place] + arguments[place + 2 :]
-    main(["--config", str(recipe), *arguments])
+    main([f"--config={recipe}", *arguments])
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (report["seed"], report["cls_reads"]) == (4, [[1, "mean"]])
 
 
 def test_a_task_without_a_recipe_of_its_own_takes_that_for_any(tmp_path):
+    copy = tmp_path / "clinifact"
+    shutil.copytree(RECIPES.parent / "data" / "clinifact", copy)
     for argv, recipe in (
         ([], "trial_claims"),
         (["--task", "clinifact"], "clinifact"),
         (["--task=clinifact_evidence", "--seed", "1"], "clinifact_evidence"),
-        (["--task", str(tmp_path / "clinifact")], "any_task"),
-        (["--learning_rate", "1", "--task", "mine"], "any_task"),
+        (["--task", str(RECIPES.parent / "data" / "clinifact")], "clinifact"),
+        (["--task", str(copy)], "any_task"),
+        (["--learning_rate", "1", "--task", "nowhere"], "any_task"),
     ):
-        assert recipe_of(argv) == str(RECIPES / f"{recipe}.yaml")
-    assert recipe_of(["--task", "clinifact", "--config", "mine.yaml"]) == "mine.yaml"
+        assert split_off_recipe(argv) == (str(RECIPES / f"{recipe}.yaml"), argv)
+    for config in (["--config", "mine.yaml"], ["--config=mine.yaml"]):
+        assert split_off_recipe(["--task", "clinifact", *config]) == ("mine.yaml", ["--task", "clinifact"])
 
 
-def test_lora_starts_where_the_head_has_read(task_folder, backbones, tmp_path):
+def test_lora_starts_above_what_the_head_reads_or_at_two_thirds_of_the_depth(task_folder, backbones, tmp_path):
     flags = ("--lora_first_layer", "auto", "--save_adapter", "true", "--num_examples", "0")
     for asked, lowest in ((("auto",), None), (("1:mean",), 1), (("1:mean", "4:decision"), 2)):
         out = tmp_path / "-".join(asked).replace(":", "")
@@ -214,7 +227,7 @@ def test_bad_arguments_are_named(task_folder, backbones, tmp_path):
         main(command(task_folder, backbones["llama"], blocked / "out"))
     with pytest.raises(ValueError, match="this backbone has 4 layers"):
         main(command(task_folder, backbones["llama"], tmp_path / "out", "--lora_first_layer", "4"))
-    with pytest.raises(ValueError, match="`lora_first_layer` is 'upper'"):
+    with pytest.raises(ValueError, match="or `auto`, got 'upper'"):
         main(command(task_folder, backbones["llama"], tmp_path / "out", "--lora_first_layer", "upper"))
     with pytest.raises(ValueError, match="cls_reads"):
         parse_reads(["middle"])

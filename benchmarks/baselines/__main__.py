@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from transformers import set_seed
 
-from benchmarks.baselines.running import Baseline, run
+from benchmarks.baselines.running import Baseline, RefusedRunError, run
 from clsgen.backbones import DEFAULT_BACKBONE, resolve_backbone
 from clsgen.tasks import load_task
 
@@ -70,9 +70,12 @@ def main() -> None:
         task = load_task(arguments.task, arguments.data_dir)
         backbone = "" if arguments.system in WITHOUT_BACKBONE else resolve_backbone(arguments.backbone)
         baseline = system_class(arguments.system)(task, arguments.seed, backbone, **parse_options(arguments.set))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
         named = arguments.backbone if backbone else None
         test = run(baseline, arguments.system, arguments.results_dir, named)["test"]
-    except (OSError, ValueError) as error:
+    except RefusedRunError as error:
         parser.error(str(error))
     figures = ", ".join(
         f"{name} {'undefined' if math.isnan(test[name]) else format(test[name], '.3f')}"

@@ -1,6 +1,7 @@
 """The backbone, fine-tuned as one would without CLSGen: on words alone, on labels alone, and two copies for both."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 FITTED = Path("outputs") / "baselines"
 NO_REPEAT_NGRAM_SIZE = 6  # as CLSGen's checkpoints
 MAX_BATCH_TOKENS = 8192
+MAX_EXPLANATION_LENGTH = 128  # as in CLSGen's recipe for `trial_claims`
 COMMON = {
     "lora_first_layer": 0, "lora_r": 16, "lora_alpha": 32, "batch_size": 4, "max_prompt_length": 1024,
 }  # fmt: skip
@@ -118,6 +120,32 @@ class _FineTuned(Baseline):
         chosen = {name: self.settings[name] for name in names}
         return lora_config(model, ModelArguments(use_peft=True, lora_dropout=0.0, lora_task_type=task_type, **chosen))
 
+    @torch.inference_mode()
+    def generate(
+        self, model: PreTrainedModel, prompts: list[list[int]], labels: Sequence[int] | None = None
+    ) -> list[str]:
+        """A causal LM's greedy explanations, without their verdict line; after those of `labels`, where given."""
+        if labels is not None:
+            prompts = [[*p, *self._encoder.encode_verdict(label)] for p, label in zip(prompts, labels, strict=True)]
+        found, tokenizer = [""] * len(prompts), self._encoder.tokenizer
+        stop = [i for i in (tokenizer.eos_token_id, self._encoder.end_of_turn_id) if i is not None]
+        with tqdm(total=len(prompts), desc="Explaining") as bar:
+            for indices in token_batches(list(map(len, prompts)), MAX_BATCH_TOKENS):
+                batch = pad_left([prompts[i] for i in indices], tokenizer.pad_token_id or 0)
+                start = batch["input_ids"].shape[1]
+                ids = model.generate(
+                    **batch,
+                    do_sample=False,
+                    max_new_tokens=self.settings["max_explanation_length"],
+                    eos_token_id=stop,
+                    logits_processor=LogitsProcessorList([NoRepeatBehindPrompt(NO_REPEAT_NGRAM_SIZE, start)]),
+                )
+                texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+                for i, text in zip(indices, texts, strict=True):
+                    found[i] = self._encoder.prompt.split_verdict_line(text)[1]
+                bar.update(len(indices))
+        return found
+
     def training(self, folder: Path) -> dict[str, Any]:
         """Arguments that transformers' and TRL's trainers share."""
         return {
@@ -161,8 +189,8 @@ class SftOnly(_FineTuned):
     name = "sft-only"
     guided = True
     options = {  # noqa: RUF012
-        **COMMON, "epochs": 2, "learning_rate": 1e-3, "lora_first_layer": 18, "max_explanation_length": 128,
-        "sampling": "random",
+        **COMMON, "epochs": 2, "learning_rate": 1e-3, "lora_first_layer": 18, "sampling": "random",
+        "max_explanation_length": MAX_EXPLANATION_LENGTH,
     }  # fmt: skip
 
     def base_model(self) -> PreTrainedModel:
@@ -203,31 +231,7 @@ class SftOnly(_FineTuned):
 
     def explain(self, rows: Sequence[Row], predicted: Sequence[int]) -> dict[str, list[str]]:
         prompts = self.prompts(rows)
-        return {"free": self.generate(prompts), "guided": self.generate(prompts, predicted)}
-
-    @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], labels: Sequence[int] | None = None) -> list[str]:
-        """Greedy explanations, without their verdict line; after the verdict lines of `labels`, where given."""
-        if labels is not None:
-            prompts = [[*p, *self._encoder.encode_verdict(label)] for p, label in zip(prompts, labels, strict=True)]
-        found, tokenizer = [""] * len(prompts), self._encoder.tokenizer
-        stop = [i for i in (tokenizer.eos_token_id, self._encoder.end_of_turn_id) if i is not None]
-        with tqdm(total=len(prompts), desc="Explaining") as bar:
-            for indices in token_batches(list(map(len, prompts)), MAX_BATCH_TOKENS):
-                batch = pad_left([prompts[i] for i in indices], tokenizer.pad_token_id or 0)
-                start = batch["input_ids"].shape[1]
-                ids = self._model.generate(
-                    **batch,
-                    do_sample=False,
-                    max_new_tokens=self.settings["max_explanation_length"],
-                    eos_token_id=stop,
-                    logits_processor=LogitsProcessorList([NoRepeatBehindPrompt(NO_REPEAT_NGRAM_SIZE, start)]),
-                )
-                texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
-                for i, text in zip(indices, texts, strict=True):
-                    found[i] = self._encoder.prompt.split_verdict_line(text)[1]
-                bar.update(len(indices))
-        return found
+        return {"free": self.generate(self._model, prompts), "guided": self.generate(self._model, prompts, predicted)}
 
     def language_model(self) -> Any:
         return self._model
@@ -242,7 +246,9 @@ class ClassificationOnly(_FineTuned):
     """`AutoModelForSequenceClassification` with LoRA; the epoch is that of the best validation AUROC."""
 
     name = "classification-only"
-    options = {**COMMON, "epochs": 3, "learning_rate": 2e-4}  # noqa: RUF012
+    options = {  # noqa: RUF012
+        **COMMON, "epochs": 3, "learning_rate": 2e-4, "max_explanation_length": MAX_EXPLANATION_LENGTH,
+    }  # fmt: skip
 
     def base_model(self) -> PreTrainedModel:
         tokenizer = self._encoder.tokenizer
@@ -289,7 +295,17 @@ class ClassificationOnly(_FineTuned):
             found[indices] = (scores[:, 1] - scores[:, 0]).numpy()
         return found
 
+    def explain(self, rows: Sequence[Row], predicted: Sequence[int]) -> dict[str, list[str]]:
+        """What is left of its words, which nobody taught it; none for a task that has none to compare them with."""
+        if not any(row["explanation"] for row in labelled(self.task, "train")):
+            return {}
+        return {"free": self.generate(self.language_model(), self.prompts(rows))}
+
     def language_model(self) -> Any:
+        return self._language_model
+
+    @functools.cached_property
+    def _language_model(self) -> PreTrainedModel:
         """The trained body under the backbone's own LM head: what is left of its language."""
         lm = AutoModelForCausalLM.from_pretrained(self.backbone, dtype=torch.float32)
         lm.get_decoder().load_state_dict(self._model.base_model.state_dict())
@@ -317,7 +333,8 @@ class TwoModels(Baseline):
         return self._classifier.logits(rows)
 
     def explain(self, rows: Sequence[Row], predicted: Sequence[int]) -> dict[str, list[str]]:
-        return {"guided": self._explainer.generate(self._explainer.prompts(rows), predicted)}
+        explainer = self._explainer
+        return {"guided": explainer.generate(explainer.language_model(), explainer.prompts(rows), predicted)}
 
     def language_model(self) -> Any:
         return self._explainer.language_model()

@@ -19,6 +19,7 @@ import pandas as pd
 
 from benchmarks.measuring import describe_run
 from clsgen.atomic_io import write_json
+from clsgen.backbones import DEFAULT_BACKBONE
 from clsgen.calibration import calibrated_probabilities, choose_threshold, fit_temperature_and_bias
 from clsgen.classification_metrics import classification_metrics
 from clsgen.evaluation.alignment import alignment_report
@@ -31,6 +32,10 @@ from clsgen.tasks import Task
 logger = logging.getLogger(__name__)
 RESULTS = Path(__file__).resolve().parent.parent.parent / "results"
 Row = dict[str, Any]
+
+
+class RefusedRunError(ValueError):
+    """A run that would come to nothing, or cost another one's results, found before anything is fitted."""
 
 
 class Baseline(ABC):
@@ -81,11 +86,11 @@ def labelled(task: Task, split: str) -> list[Row]:
     """The rows of a split that have a label.
 
     Raises:
-        ValueError: for a split that is missing, or has none.
+        RefusedRunError: for a split that is missing, or has none.
     """
     rows = [row for row in task.splits.get(split, []) if row["label"] is not None]
     if not rows:
-        raise ValueError(f"A baseline needs labelled rows in the {split} split of {task.name!r}; there are none.")
+        raise RefusedRunError(f"A baseline needs labelled rows in the {split} split of {task.name!r}; there are none.")
     return rows
 
 
@@ -105,18 +110,18 @@ def run(baseline: Baseline, system: str, folder: Path | None = None, backbone: s
         backbone (`str`, *optional*): What the caller calls the backbone, where there is one.
 
     Raises:
-        ValueError: for a split without labelled rows, validation rows of one class, or a folder that holds the results
-            of other settings or another backbone; nothing has been fitted then.
+        RefusedRunError: for a split without labelled rows, validation rows of one class, or a folder that holds the
+            results of another run; nothing has been fitted then.
     """
     task, start = baseline.task, time.perf_counter()
     validation, test = labelled(task, "validation"), labelled(task, "test")
     if len(set(labels_of(validation))) < 2:
-        raise ValueError(f"The validation split of {task.name!r} holds one class only: nothing to calibrate on.")
+        raise RefusedRunError(f"The validation split of {task.name!r} holds one class only: nothing to calibrate on.")
     results = RESULTS.parent / "outputs" / "results" if task.credentialed else RESULTS
     folder = folder or results / task.name / system / f"seed-{baseline.seed}"
     report: dict[str, Any] = {"task": task.name, "system": system, "seed": baseline.seed, **describe_run()}
     report |= {"backbone": backbone, "settings": baseline.settings}
-    _check_free(folder, report)
+    _check_free(folder, report, baseline.options)
     report["chosen"] = baseline.fit()
     logits = baseline.validation_logits()
     report["train_seconds"] = round(baseline.earlier_seconds + time.perf_counter() - start, 2)
@@ -139,16 +144,18 @@ def run(baseline: Baseline, system: str, folder: Path | None = None, backbone: s
     return report
 
 
-def _check_free(folder: Path, report: dict[str, Any]) -> None:
-    """Refuses to replace the results of another run than this one made again."""
+def _check_free(folder: Path, report: dict[str, Any], options: dict[str, Any]) -> None:
+    """Refuses to replace the results of another run; what a former file doesn't say was as it is by default."""
     if not (folder / "metrics.json").is_file():
         return
     former = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    for name in ("backbone", "settings"):
-        if name in former and former[name] != json.loads(json.dumps(report[name])):
-            raise ValueError(
-                f"{folder} holds the results of another {name}: {former[name]}, and this run's is {report[name]}. "
-                "Move them away, or give --results_dir."
+    former["settings"] = {**options, **former.get("settings", {})}
+    former.setdefault("backbone", report["backbone"] and DEFAULT_BACKBONE)
+    for name in ("task", "system", "seed", "backbone", "settings"):
+        if former.get(name) != json.loads(json.dumps(report[name])):
+            raise RefusedRunError(
+                f"{folder} holds the results of a run with another value of `{name}`: {former.get(name)}, and here "
+                f"{report[name]}. Move them away, or give --results_dir."
             )
 
 
