@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn")
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
+_TOKEN = re.compile(r"\bhf_\w{8,}")  # also of a mirror, whose tokens may look otherwise
 # "user:password@", or a token alone; "git@" and "bucket@version" stay.
 _PASSWORD = re.compile(r"(?<=://)(?:[^/\s'\"?#:]*:[^/\s'\"?#]*|[^/\s'\"?#@]{16,})@")
 

@@ -13,7 +13,8 @@ from clsgen.run_record import without_secrets
         ("https://ghp0123456789abcdef@example.com/x", "https://...@example.com/x"),
         ("git+ssh://git@github.com/a/b", "git+ssh://git@github.com/a/b"),
         ("s3://bucket@v1/notes http://a/x?to=b@c", "s3://bucket@v1/notes http://a/x?to=b@c"),
-        ("--output_dir outputs/hf_baseline_run", "--output_dir outputs/hf_baseline_run"),
+        ("--hub_token hf_a_mirrors_token", "--hub_token hf_..."),
+        ("--output_dir outputs/hf_run", "--output_dir outputs/hf_run"),
     ],
 )
 def test_tokens_and_passwords_stay_out(said, kept):
