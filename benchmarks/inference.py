@@ -29,7 +29,7 @@ from clsgen.backbones import resolve_backbone
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.run_record import peak_memory_mib
 from clsgen.tasks import load_task
-from clsgen.train_sft_cls import parse_reads
+from clsgen.train_arguments import parse_reads
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RESULTS = Path(__file__).resolve().parent / "results" / "inference.json"

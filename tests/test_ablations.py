@@ -13,7 +13,7 @@ from benchmarks import ablations
 from benchmarks.ablations import ABLATIONS, main, plan, with_explanations
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import ROOT, class_counts, load_task
-from clsgen.train_sft_cls import ModelArguments, TaskArguments, parse_reads
+from clsgen.train_arguments import ModelArguments, TaskArguments, parse_reads
 
 
 def test_fewer_explanations_keep_rows_and_labels(tmp_path):

@@ -17,7 +17,8 @@ from clsgen.publishing.hub import PublicationError
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.table_files import write_rows
 from clsgen.tasks import class_counts, load_task
-from clsgen.train_sft_cls import TaskArguments, publication
+from clsgen.train_arguments import TaskArguments
+from clsgen.train_sft_cls import publication
 
 
 def test_the_built_task_trains_and_its_card_tells_the_truth(build_with_teacher, teacher, tmp_path):

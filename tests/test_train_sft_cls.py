@@ -14,15 +14,8 @@ from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.classification_metrics import classification_metrics
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import load_task
-from clsgen.train_sft_cls import (
-    RECIPES,
-    ModelArguments,
-    TaskArguments,
-    build_model,
-    main,
-    parse_reads,
-    split_off_recipe,
-)
+from clsgen.train_arguments import RECIPES, ModelArguments, TaskArguments, parse_reads, split_off_recipe
+from clsgen.train_sft_cls import build_model, main
 
 
 @pytest.fixture

@@ -42,7 +42,8 @@ from clsgen.frozen_layers import FrozenLayers, first_trained_layer
 from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
 from clsgen.resuming import TrainingClock
-from clsgen.train_sft_cls import ModelArguments, lora_config
+from clsgen.train_arguments import ModelArguments
+from clsgen.train_sft_cls import lora_config
 from clsgen.training_rows import hard_labels
 
 logger = logging.getLogger(__name__)
