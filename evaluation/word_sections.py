@@ -105,8 +105,8 @@ def leakage(evaluated: Evaluated) -> Section | None:
     texts = evaluated.rows.plain()
     numbers = {}
     for mode, frame in evaluated.explained.items():
-        words = [without_verdict_lines(words or "", evaluated.verdicts) for words in frame["explanation"]]
-        numbers[mode] = leakage_report(frame.assign(explanation=words), texts, evaluated.seed)
+        seen = [without_verdict_lines(told or "", evaluated.verdicts) for told in frame["explanation"]]
+        numbers[mode] = leakage_report(frame.assign(explanation=seen), texts, evaluated.seed)
     rows = []
     for target, of_what in (("predicted", "decision"), ("gold", "true label")):
         for sees in ("input_only", "explanation_only", "both"):
