@@ -3,33 +3,20 @@
 make test-space     # screenshots are left in outputs/space_screenshots
 """
 
-import contextlib
 import csv
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from apps_in_chromium import Browser, served
 from conftest import VOCABULARY, build
 
 pytestmark = pytest.mark.browser
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 AXE = HERE / "node_modules" / "axe-core" / "axe.min.js"
-SCREENSHOTS = ROOT / "outputs" / "space_screenshots"
-WAIT_SECONDS = 120  # not how long it takes, but when a busy machine is given up
 CLAIM = "Drug A lowers mortality."
 FINDINGS = "Mortality was 8.1% with drug A. It was 12.4% with placebo. The trial had 900 patients."
 HOSTILE = '<img src=x onerror="window.hacked=1"> <script>window.hacked=1</script> {{value}} ${window.hacked=1} **b**'
-CHROMIUM_FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-]  # fmt: skip
 RECORD = """
 window.seen = {words: [], announced: []};
 new MutationObserver(() => {
@@ -63,83 +50,18 @@ def shown_model(backbones, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def address(shown_model, tmp_path_factory):
-    """Where the app is served, by its own process."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "app.log"
-    environment = {
-        **os.environ, "CLSGEN_MODEL": str(shown_model[1]), "GRADIO_SERVER_PORT": str(port),
-        "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("gradio")), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "space" / "app.py"], env=environment, stdout=output, stderr=output
-        )
-    url = f"http://127.0.0.1:{port}/"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
-            break
-        time.sleep(0.3)
-    else:
-        process.kill()
-        pytest.fail(f"The app did not start:\n{log.read_text()}")
-    yield url
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=30)
-    assert "Traceback" not in log.read_text(), log.read_text()
+    """Where the app is served."""
+    with served(ROOT / "space" / "app.py", tmp_path_factory.mktemp("app"), CLSGEN_MODEL=str(shown_model[1])) as url:
+        yield url
 
 
-class Browser:
-    """Chromium on the page, and what a visitor does there."""
-
-    def __init__(self, profile, url):
-        from selenium import webdriver
-        from selenium.webdriver.chrome.options import Options
-        from selenium.webdriver.chrome.service import Service
-
-        options = Options()
-        options.binary_location = "/usr/bin/chromium"
-        for flag in [*CHROMIUM_FLAGS, f"--user-data-dir={profile}"]:
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
-        self.driver.set_script_timeout(WAIT_SECONDS)
-        self.url = url
+class SpaceBrowser(Browser):
+    """What a visitor of the Space's page does there."""
 
     def open(self, width=1280, dark=False):
-        """The page afresh, on a screen of that width."""
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        self.resize(width, 900)
-        self.driver.get(self.url)
+        super().open(width, dark)
         self.wait("#ask")
         self.run(RECORD)
-
-    def resize(self, width, height):
-        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-
-    def run(self, script, *arguments):
-        return self.driver.execute_script(script, *arguments)
-
-    def all(self, selector):
-        return self.driver.find_elements("css selector", selector)
-
-    def until(self, condition, what):
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not (found := condition()):
-            assert time.monotonic() < deadline, f"{what} did not come in {WAIT_SECONDS} s:\n{self.text('body')}"
-            time.sleep(0.05)
-        return found
-
-    def wait(self, selector):
-        """The first element of that kind that can be seen."""
-        return self.until(lambda: next((each for each in self.all(selector) if each.is_displayed()), None), selector)
-
-    def text(self, selector):
-        return self.all(selector)[0].text
 
     def field(self, label):
         return self.driver.find_element("xpath", f"//label[.//span[normalize-space()='{label}']]//textarea")
@@ -176,16 +98,11 @@ class Browser:
         self.wait("#download").click()
         return self.until(lambda: next(iter(folder.glob("*.csv")), None), "the download")
 
-    def screenshot(self, name, width):
-        self.resize(width, self.run("return document.documentElement.scrollHeight"))
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        self.driver.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
-
 
 @pytest.fixture(scope="session")
 def session_browser(address, tmp_path_factory):
     assert AXE.is_file(), f"{AXE} is not there: run `make test-space`, which installs it."
-    browser = Browser(tmp_path_factory.mktemp("profile"), address)
+    browser = SpaceBrowser(tmp_path_factory.mktemp("profile"), address)
     yield browser
     browser.driver.quit()
 
