@@ -151,13 +151,15 @@ def conformal_quantiles(labels: ArrayLike, probabilities: ArrayLike, error_rate:
 
 
 def conformal_coverage(
-    labels: ArrayLike, probabilities: ArrayLike, quantiles: tuple[float, float]
+    labels: ArrayLike, probabilities: ArrayLike, quantiles: tuple[float, float], threshold: float
 ) -> dict[str, float | list[float]]:
     """How prediction sets turn out on rows: `coverage` (of label 0, of label 1) and the share `abstained`.
 
     Args:
         labels, probabilities: Shape `(rows,)`, see [`conformal_quantiles`].
         quantiles (`tuple[float, float]`): As [`conformal_quantiles`] gives them.
+        threshold (`float`): Decides for the label given; a row is abstained on where its set is another than that
+            label alone, see [`Prediction.abstained`].
 
     Returns:
         `dict`: nan for the coverage of a label without rows.
@@ -167,7 +169,9 @@ def conformal_coverage(
     coverage = [
         float(kept[label][labels == label].mean()) if (labels == label).any() else math.nan for label in (0, 1)
     ]
-    return {"coverage": coverage, "abstained": float((kept.sum(axis=0) != 1).mean())}
+    given = (probabilities >= threshold).astype(int)
+    answered = (kept.sum(axis=0) == 1) & kept[given, np.arange(len(given))]
+    return {"coverage": coverage, "abstained": float((~answered).mean())}
 
 
 def _check_both_classes(labels: np.ndarray) -> None:

@@ -150,7 +150,9 @@ def score_test_split(
     predictions = prediction_records(ids, labels, logits, probabilities, config.threshold)
     metrics = before_and_after("test", logits, labels, config)
     if config.conformal:
-        metrics["test_conformal"] = conformal_coverage(labels, probabilities, config.conformal["quantiles"])
+        metrics["test_conformal"] = conformal_coverage(
+            labels, probabilities, config.conformal["quantiles"], config.threshold
+        )
     return metrics, predictions
 
 

@@ -215,6 +215,13 @@ def test_conformal_quantile_of_a_hand_computed_case():
         conformal_quantiles(labels, probabilities, 1.0)
 
 
+def test_a_label_given_against_its_prediction_set_is_abstained_on():
+    # the sets: label 0 alone, label 0 alone, both, label 1 alone
+    labels, probabilities, quantiles = [0, 0, 1, 1], [0.1, 0.3, 0.45, 0.9], (0.5, 0.6)
+    found = conformal_coverage(labels, probabilities, quantiles, threshold=0.2)
+    assert found == {"coverage": [1.0, 1.0], "abstained": 0.5}
+
+
 def test_conformal_sets_cover_each_class_at_any_base_rate_and_under_any_calibration():
     generator = np.random.default_rng(0)
     coverage = []
@@ -225,8 +232,8 @@ def test_conformal_sets_cover_each_class_at_any_base_rate_and_under_any_calibrat
         sharper = conformal_quantiles(labels, 1 / (1 + np.exp(-3 * logits - 1)), 0.1)
         new_labels = generator.random(400) < 0.6
         new_logits = generator.normal(np.where(new_labels, 0.5, -0.5))
-        found = conformal_coverage(new_labels, 1 / (1 + np.exp(-new_logits)), quantiles)
-        again = conformal_coverage(new_labels, 1 / (1 + np.exp(-3 * new_logits - 1)), sharper)
+        found = conformal_coverage(new_labels, 1 / (1 + np.exp(-new_logits)), quantiles, 0.5)
+        again = conformal_coverage(new_labels, 1 / (1 + np.exp(-3 * new_logits - 1)), sharper, 1 / (1 + np.exp(-1)))
         assert found == again
         coverage.append(found["coverage"])
     assert np.mean(coverage, axis=0) == pytest.approx([0.9, 0.9], abs=0.02)

@@ -84,6 +84,8 @@ def test_main_job_from_a_folder_to_a_checkpoint(task_folder, backbones, tmp_path
     assert [kept.count(name) / 5 for name in model.config.label_names] == pytest.approx(
         report["test_conformal"]["coverage"]
     )
+    abstained = [prediction.abstained for prediction in predictions]
+    assert sum(abstained) / len(abstained) == pytest.approx(report["test_conformal"]["abstained"])
     assert model.config.explanation_no_repeat_ngram_size == 6
     assert model.config.explanation_guidance_scale == 1.5
     assert model.generation_config.max_new_tokens == 60
