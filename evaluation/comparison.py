@@ -62,23 +62,21 @@ def delong(labels: ArrayLike, ours: ArrayLike, theirs: ArrayLike) -> dict[str, A
     Characteristic Curves: A Nonparametric Approach"; computed from ranks (Sun and Xu, 2014).
 
     Args:
-        labels, ours, theirs: Shape `(rows,)`.
+        labels: Shape `(rows,)`.
+        ours, theirs: Shape `(rows,)`, or `(runs, rows)` for a system's mean AUROC over its runs: its rows' shares are
+            means then, and the rest is the same.
 
     Returns:
         `dict`: `difference` (ours less theirs), `low`, `high` (95%), `p_value` (two-sided). Where there is no
         test, `p_value` is None and `reason` says why.
     """
-    labels = check_labels(labels, ours)
-    scores = np.stack([check_probabilities(ours), check_probabilities(theirs)])  # (2, rows)
-    positive, negative = scores[:, labels == 1], scores[:, labels == 0]
-    if min(positive.shape[1], negative.shape[1]) < 2:
+    systems = [np.stack([check_probabilities(run) for run in np.atleast_2d(runs)]) for runs in (ours, theirs)]
+    labels = check_labels(labels, systems[0][0])
+    if min((labels == label).sum() for label in (0, 1)) < 2:
         return _untested("fewer than two rows of a label")
-    ranks = rankdata(np.concatenate([positive, negative], axis=1), axis=1)
-    count = positive.shape[1]
-    # How much of the other label each row is rightly ranked against.
-    of_positive = (ranks[:, :count] - rankdata(positive, axis=1)) / negative.shape[1]
-    of_negative = 1 - (ranks[:, count:] - rankdata(negative, axis=1)) / count
-    covariance = np.cov(of_positive) / count + np.cov(of_negative) / negative.shape[1]
+    shares = [_rightly_ranked(labels, runs) for runs in systems]
+    of_positive, of_negative = (np.stack(parts) for parts in zip(*shares, strict=True))
+    covariance = np.cov(of_positive) / of_positive.shape[1] + np.cov(of_negative) / of_negative.shape[1]
     areas = of_positive.mean(axis=1)
     difference = float(areas[0] - areas[1])
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
@@ -89,6 +87,16 @@ def delong(labels: ArrayLike, ours: ArrayLike, theirs: ArrayLike) -> dict[str, A
     low, high = difference + norm.ppf(TAILS) * error
     p_value = float(2 * norm.sf(abs(difference) / error))
     return {"difference": difference, "low": float(low), "high": float(high), "p_value": p_value}
+
+
+def _rightly_ranked(labels: np.ndarray, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The share of the other label that each row of label 1, and of label 0, is rightly ranked against: over runs."""
+    positive, negative = runs[:, labels == 1], runs[:, labels == 0]
+    count = positive.shape[1]
+    ranks = rankdata(np.concatenate([positive, negative], axis=1), axis=1)
+    of_positive = (ranks[:, :count] - rankdata(positive, axis=1)) / negative.shape[1]
+    of_negative = 1 - (ranks[:, count:] - rankdata(negative, axis=1)) / count
+    return of_positive.mean(axis=0), of_negative.mean(axis=0)
 
 
 def _untested(reason: str, difference: float | None = None) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 import csv
 import json
 
+import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from benchmarks.table import COLUMNS, markdown, shortfalls, table_rows, write_tables
+from benchmarks.rivals import auroc_differences, no_worse
+from benchmarks.table import COLUMNS, contests, markdown, shortfalls, table_rows, write_tables
 from clsgen.atomic_io import write_json
 
 UNMEASURED = (
     "not compared with zero-shot-logprob, zero-shot-verbalised, few-shot, sft-only, classification-only, two-models, "
     "which have not been measured here."
 )
-SCORES = {"average_precision": 0.8, "f1": 0.7, "brier": 0.2, "ece": 0.05}
+SCORES = {"average_precision": 0.8, "f1": 0.7, "balanced_accuracy": 0.6, "brier": 0.2, "ece": 0.05}
 
 
 def run(auroc, **others):
@@ -153,6 +156,34 @@ def test_a_task_without_explanations_has_no_words_to_judge(results):
         "my, clsgen-small: no perplexity_general_ratio yet; its target is at most 1.1.",
         f"my, clsgen-small: {UNMEASURED.replace(', two-models', '')}",
     ]
+
+
+def test_what_baselines_do_as_well_or_better_is_said(results):
+    ((ours, rivals),) = contests(table_rows(results, ["my"]))
+    told = list(no_worse(ours, rivals))
+    assert "my, clsgen-small: auroc_mean is 0.850; encoder-probe 0.860, tfidf 0.900." in told
+    assert "my, clsgen-small: brier_mean is 0.200; cnn 0.200, encoder-probe 0.200, tfidf 0.200." in told
+    assert not any("kappa" in sentence or "alignment" in sentence for sentence in told)  # of systems without words
+
+
+def test_auroc_differences_are_tested_on_the_same_rows(results):
+    random, ids = np.random.default_rng(0), [str(i) for i in range(40)]
+    labels = [i % 2 for i in range(40)]
+    kept = {}
+    for system in ("small", "cnn/seed-0", "cnn/seed-1", "cnn/seed-2"):
+        kept[system] = [float(value) for value in (0.5 * np.array(labels) + random.random(40)) / 1.5]
+        rows = zip(ids, labels, kept[system], strict=True)
+        records = [{"id": i, "label": label, "probability": probability} for i, label, probability in rows]
+        write_json(results / f"my/{system}/test_predictions.json", records[::-1])
+    (contest,) = contests(table_rows(results, ["my"]))
+    ((task, system, difference, _, p_value),) = auroc_differences(*contest)
+    seeds = [roc_auc_score(labels, kept[f"cnn/seed-{seed}"]) for seed in range(3)]
+    assert (task, system) == ("my", "cnn")
+    assert float(difference) == pytest.approx(roc_auc_score(labels, kept["small"]) - np.mean(seeds), abs=5e-4)
+    assert 0 < float(p_value) < 1
+    write_json(results / "my/cnn/seed-1/test_predictions.json", records[1:])
+    with pytest.raises(ValueError, match="other rows"):
+        list(auroc_differences(*contest))
 
 
 def test_paper_is_apart(results):

@@ -144,6 +144,23 @@ def test_delong_pair_by_pair(seed):
     assert found["low"] < difference < found["high"]
 
 
+def test_delong_of_means_over_runs():
+    labels, ours = random_rows(3)
+    random = np.random.default_rng(4)
+    runs, theirs = np.stack([ours, random.random(len(labels)).round(1)]), random.random(len(labels))
+    found = delong(labels, runs, theirs)
+    areas = [roc_auc_score(labels, run) for run in runs]
+    assert found["difference"] == pytest.approx(np.mean(areas) - roc_auc_score(labels, theirs))
+    drawn = []
+    for _ in range(2000):  # an independent way to its interval: the rows of each label, drawn again
+        rows = np.concatenate(
+            [random.choice(np.flatnonzero(labels == label), (labels == label).sum()) for label in (0, 1)]
+        )
+        areas = [roc_auc_score(labels[rows], run[rows]) for run in (*runs, theirs)]
+        drawn.append(np.mean(areas[:2]) - areas[2])
+    assert (found["high"] - found["low"]) / 3.92 == pytest.approx(np.std(drawn), rel=0.1)
+
+
 def test_delong_rejects_as_often_as_it_says():
     random = np.random.default_rng(0)
     rejected = 0
