@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.measuring import describe_run
 from clsgen.atomic_io import write_json
-from clsgen.backbones import resolve_backbone
+from clsgen.backbones import DEFAULT_BACKBONE, resolve_backbone
 from clsgen.explanations.recorded import read_recorded
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.tasks import Task, load_task
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--answers_id", default="{id}", help="The row's id, from their columns.")
     parser.add_argument("--trial_ids_end", help="What ends the trial at the beginning of each row's id.")
     parser.add_argument("--max_prompt_length", type=int, default=512)
-    parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
     parser.add_argument("--results_dir", required=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)

@@ -1,4 +1,6 @@
-"""Inference against what a user would take instead, side by side in one process: writes `results/inference.json`.
+"""Inference against what a user would take instead, side by side in one process.
+
+Writes `benchmarks/results/inference.json`.
 
 python -m benchmarks.inference --data_dir CliniFact
 python -m benchmarks.inference --only memory      # one comparison; the others' results stay
@@ -25,7 +27,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from benchmarks.measuring import describe_run, medians, take_turns
 from clsgen.atomic_io import write_json
-from clsgen.backbones import resolve_backbone
+from clsgen.backbones import DEFAULT_BACKBONE, resolve_backbone
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.run_record import peak_memory_mib
 from clsgen.tasks import load_task
@@ -66,7 +68,7 @@ def with_a_new_head(task_name: str, data_dir: str | None, backbone: str) -> ClsG
     )
 
 
-def stock_classifier(model: ClsGenForCausalLMAndClassification, backbone: str) -> Any:
+def stock_classifier(backbone: str) -> Any:
     """transformers' own pipeline over the same backbone with a classification head."""
     folder = resolve_backbone(backbone)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
@@ -83,7 +85,7 @@ def prompts_of(model: ClsGenForCausalLMAndClassification, texts: list[dict[str, 
 
 def compare_classify(model: Any, texts: list[dict[str, str]], backbone: str, repeats: int) -> dict[str, Any]:
     """Texts per second of `classify` over those of the stock pipeline at its best batch size."""
-    peer, prompts = stock_classifier(model, backbone), prompts_of(model, texts)
+    peer, prompts = stock_classifier(backbone), prompts_of(model, texts)
     with torch.inference_mode():
         few = prompts[: max(BATCH_SIZES)]
         tried = medians(
@@ -167,7 +169,7 @@ def compare_guidance(model: Any, texts: list[dict[str, str]], repeats: int) -> d
 
 def compare_two_passes(model: Any, text: dict[str, str], backbone: str, repeats: int) -> dict[str, Any]:
     """Time of `classify_and_explain` of one text over the stock classifier and then `generate`."""
-    peer, prompts = stock_classifier(model, backbone), prompts_of(model, [text])
+    peer, prompts = stock_classifier(backbone), prompts_of(model, [text])
     ids = torch.tensor([model.encoder.encode(text).input_ids])
     mask = torch.ones_like(ids)
     verdict = len(model.encoder.encode_verdict(model.classify(text).label_id))
@@ -309,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/trial_claims/model", help="A checkpoint of trial_claims.")
     parser.add_argument("--data_dir", help="A CliniFact checkout, for `two_pass` and `clinifact`.")
-    parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", help=", ".join(COMPARISONS))
     parser.add_argument("--print_peak_memory", action="store_true", help=argparse.SUPPRESS)

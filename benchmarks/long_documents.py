@@ -1,4 +1,6 @@
-"""Time and peak memory against the length of a text, 512 to 8,192 tokens: writes `results/long_documents.json`.
+"""Time and peak memory against the length of a text, 512 to 8,192 tokens.
+
+Writes `benchmarks/results/long_documents.json`.
 
 python -m benchmarks.long_documents
 
@@ -27,7 +29,7 @@ from benchmarks.measuring import describe_run
 from benchmarks.trainers import build_clsgen, build_trl, clsgen_model, explained_rows
 from benchmarks.turns import SteppedTrainer
 from clsgen.atomic_io import write_json
-from clsgen.backbones import resolve_backbone
+from clsgen.backbones import DEFAULT_BACKBONE, resolve_backbone
 from clsgen.explaining_clsgen import Prefill
 from clsgen.losses_clsgen import IGNORE_INDEX
 from clsgen.run_record import peak_memory_mib
@@ -104,7 +106,7 @@ def table(results: dict[str, dict[int, dict[str, float]]], lengths: list[int]) -
 def main() -> None:
     """Measures all lengths; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
     parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()

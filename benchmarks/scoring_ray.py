@@ -1,4 +1,6 @@
-"""How the cost of `score_ray.py` grows with rows and workers, beside `predict_clsgen.py`: `results/scoring_ray.json`.
+"""How the cost of `score_ray.py` grows with rows and workers, beside `predict_clsgen.py`.
+
+Writes `benchmarks/results/scoring_ray.json`.
 
 python -m benchmarks.scoring_ray --model outputs/trial_claims/model
 python -m benchmarks.scoring_ray --only checkpoint      # one part; the other's results stay
@@ -87,7 +89,7 @@ def measure(model: str, count: int, rows_per_part: int, texts: list[dict[str, st
 
 
 def main() -> None:
-    """Writes `results/scoring_ray.json`, after each number of rows."""
+    """Writes `benchmarks/results/scoring_ray.json`, after each number of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/trial_claims/model")
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000], help="of the small model")

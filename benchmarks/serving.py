@@ -1,4 +1,4 @@
-"""The server under load, on loopback: writes `results/serving.json`.
+"""The server under load, on loopback: writes `benchmarks/results/serving.json`.
 
 python -m benchmarks.serving --model outputs/trial_claims/model
 """

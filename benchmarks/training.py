@@ -1,4 +1,4 @@
-"""Training against what a user would take instead, side by side in one run: writes `results/training.json`.
+"""Training against what a user would take instead, side by side in one run: writes `benchmarks/results/training.json`.
 
 python -m benchmarks.training --data_dir CliniFact
 python -m benchmarks.training --data_dir CliniFact --only frozen_layers   # one part; the others' results stay
@@ -21,8 +21,8 @@ where N are weights of the layers' matrices, L layers, H heads, Q their size. As
 pairs of tokens that the causal mask hides; `model_flops_utilisation_causal` counts half of it.
 
 `padding`, `lm_head` and `frozen_layers` are speed-ups of ours, each with what it was before; their ratio is that of
-speed, with the speed-up over without. `profile` writes one step's time by operation to `results/training_profile.txt`,
-and its trace (for ui.perfetto.dev) to `results/training_trace.json.gz`.
+speed, with the speed-up over without. `profile` writes one step's time by operation to
+`benchmarks/results/training_profile.txt`, and its trace (for ui.perfetto.dev) to `training_trace.json.gz` there.
 """
 
 import argparse
@@ -54,6 +54,7 @@ from benchmarks.trainers import (
 )
 from benchmarks.turns import SteppedTrainer
 from clsgen.atomic_io import write_json
+from clsgen.backbones import DEFAULT_BACKBONE
 from clsgen.losses_clsgen import IGNORE_INDEX
 
 RESULTS = Path(__file__).resolve().parent / "results" / "training.json"
@@ -292,7 +293,7 @@ def main() -> None:
     """Runs the comparisons; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", help="A CliniFact checkout.")
-    parser.add_argument("--backbone", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
     parser.add_argument("--windows", type=int, default=3, help="Timed optimizer steps of each side.")
     parser.add_argument("--rows_per_step", type=int, default=8, help="Rows of an optimizer step.")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import binomtest
 
 from clsgen.classification_metrics import reliability_bins
 
@@ -18,9 +19,8 @@ def calibration_plot(labels: ArrayLike, probabilities: ArrayLike, threshold: flo
     from matplotlib.ticker import MaxNLocator
 
     bins = reliability_bins(labels, probabilities)
-    predicted, positive, sizes = (np.array(values) for values in zip(*bins, strict=True))
-    observed = positive / sizes
-    low, high = _wilson_interval(observed, sizes)
+    predicted, observed = (np.array(values) for values in zip(*((mean, k / n) for mean, k, n in bins), strict=True))
+    low, high = np.array([binomtest(k, n).proportion_ci(method="wilson") for _, k, n in bins]).T
     figure = Figure(figsize=(5, 5.4), dpi=110, layout="constrained")
     curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     curve.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect")
@@ -37,9 +37,3 @@ def calibration_plot(labels: ArrayLike, probabilities: ArrayLike, threshold: flo
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     return png.getvalue()
-
-
-def _wilson_interval(shares: np.ndarray, sizes: np.ndarray, z: float = 1.959964) -> tuple[np.ndarray, np.ndarray]:
-    center = (shares + z**2 / (2 * sizes)) / (1 + z**2 / sizes)
-    half = z / (1 + z**2 / sizes) * np.sqrt(shares * (1 - shares) / sizes + z**2 / (4 * sizes**2))
-    return center - half, center + half
