@@ -56,9 +56,9 @@ def auroc_differences(ours: list[Row], rivals: list[Row]) -> Iterator[tuple[str,
     kept = [row for row in (ours[0], *rivals) if all((place / PREDICTIONS).is_file() for place in row["places"])]
     if ours[0] not in kept:
         return
-    labels, scores = _predictions(ours[0]["places"])
+    labels, scores = predictions_of(ours[0]["places"])
     for rival in {row["system"]: row for row in kept[1:]}.values():
-        their_labels, theirs = _predictions(rival["places"], list(labels.index))
+        their_labels, theirs = predictions_of(rival["places"], list(labels.index))
         if not their_labels.equals(labels):
             raise ValueError(f"{rival['places'][0]} has other labels than {ours[0]['places'][0]} for the same rows.")
         found = delong(labels.to_numpy(), scores, theirs)
@@ -67,7 +67,7 @@ def auroc_differences(ours: list[Row], rivals: list[Row]) -> Iterator[tuple[str,
             yield rival["task"], rival["system"], f"{found['difference']:+.3f}", interval, f"{found['p_value']:.2g}"
 
 
-def _predictions(places: list[Path], ids: list[str] | None = None) -> tuple[pd.Series, np.ndarray]:
+def predictions_of(places: list[Path], ids: list[str] | None = None) -> tuple[pd.Series, np.ndarray]:
     """Labels of a system's test rows, by id, and its probabilities, shape `(runs, rows)`."""
     frames = [read_predictions(place / PREDICTIONS) for place in places]
     ids = ids or list(frames[0].index)
