@@ -202,6 +202,8 @@ def publish(arguments: PublishArguments, token: str | None = None) -> list[Publi
         return []
     publisher = Publisher(HfApi(token=token), arguments.private, arguments.revision, arguments.create_pr)
     publisher.check(repositories)
+    if "model" not in parts and "space" in parts:
+        commits["model"] = publisher.published_model(arguments.repo_id)
     published = []
     for part, repository in zip(parts, repositories, strict=True):
         # A Space has the model's commit in a file; weights are hashed once.
