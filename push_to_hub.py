@@ -26,7 +26,7 @@ from clsgen.publishing.repositories import (
     model_repository,
     space_repository,
 )
-from clsgen.tasks import find_task, load_task
+from clsgen.tasks import find_task, load_task, rows_digest
 
 logger = logging.getLogger("clsgen.push_to_hub")
 ROOT = Path(__file__).resolve().parent
@@ -131,6 +131,15 @@ def license_of(report: dict[str, Any], arguments: PublishArguments) -> str:
     return found
 
 
+def _test_rows(arguments: PublishArguments, report: dict[str, Any]) -> str | None:
+    """The digest of the task's test rows; `None` where its data can't be had here."""
+    try:
+        splits = load_task(arguments.task or report["task"]).splits
+    except (OSError, ValueError):
+        return None
+    return rows_digest(splits["test"]) if "test" in splits else None
+
+
 def _names(arguments: PublishArguments, spec: dict[str, Any]) -> Names:
     namespace = arguments.repo_id.partition("/")[0]
     dataset = arguments.dataset_id
@@ -158,6 +167,7 @@ def _repositories(arguments: PublishArguments, report: dict[str, Any], spec: dic
             return model_repository(
                 checkpoint, names.model, adapter=adapter, template=arguments.card_template, commits=commits,
                 dataset_id=names.dataset, space_id=names.space, license=license_of(report, arguments),
+                test_rows=_test_rows(arguments, report) if names.dataset else None,
             )  # fmt: skip
         return space_repository(
             arguments.space_dir, names.space, model_id=names.model, dataset_id=names.dataset,

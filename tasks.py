@@ -1,6 +1,7 @@
 """Tasks: a folder with data, a prompt and a card becomes checked, normalised splits. No row goes missing unsaid."""
 
 import csv
+import hashlib
 import importlib.util
 import io
 import json
@@ -167,6 +168,15 @@ def class_counts(dataset: Dataset) -> dict[str, int]:
         "unlabelled": labels[None],
         "explained": sum(explanation is not None for explanation in dataset["explanation"]),
     }
+
+
+def rows_digest(rows: Dataset) -> str:
+    """SHA-256 of the labelled rows of a normalised split, without explanations: of what metrics are measured on."""
+    digest = hashlib.sha256()
+    for row in rows.remove_columns("explanation"):
+        if row["label"] is not None:
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _in_words(counts: dict[str, int]) -> str:

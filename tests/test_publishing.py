@@ -48,7 +48,7 @@ def test_the_card_says_what_was_measured_and_pins_every_snippet(checkpoint):
     report = json.loads((checkpoint / "metrics.json").read_text())
     card = model_card(
         checkpoint, repo_id="alice/tiny", revision=REVISION, dataset_id="alice/data", dataset_revision="b" * 40,
-        space_id="alice/demo", license="mit",
+        test_rows=report["test_rows_sha256"], space_id="alice/demo", license="mit",
     )  # fmt: skip
     data = card.data
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-classification", "mit")
@@ -77,6 +77,23 @@ def test_the_card_says_what_was_measured_and_pins_every_snippet(checkpoint):
     assert "3.0" not in yaml.safe_dump(data.widget)
     assert "Environmental cost: about" in text
     assert "\\<b\\>" in text  # a row's text is no markup of the page
+
+
+def test_results_name_the_data_set_only_where_they_are_of_its_rows(checkpoint, task, space, tmp_path):
+    def published(name):
+        publish(arguments(checkpoint, task, space, dry_run=str(tmp_path / name)))
+        card = ModelCard.load(tmp_path / name / "alice" / "tiny" / "README.md")
+        return {result.dataset_type for result in card.data.eval_results}, card
+
+    types, card = published("same")
+    assert types == {"alice/tiny-task"}
+    assert "Nothing shows" not in card.text
+    rows = (task / "test.jsonl").read_text()
+    (task / "test.jsonl").write_text(rows.replace("Drug 3.", "Drug 33."))
+    types, card = published("other")
+    assert types == {"tiny_task"}
+    assert card.data.datasets == ["alice/tiny-task"]
+    assert "Nothing shows that test numbers are of rows of `alice/tiny-task`." in card.text
 
 
 def test_a_card_whose_numbers_differ_is_refused(checkpoint, tmp_path):
