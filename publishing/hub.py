@@ -156,7 +156,13 @@ class Publisher:
         info = self._info(repository)
         if info is None:
             sdk = "gradio" if repository.repo_type == "space" else None
-            self.api.create_repo(**where, private=True, exist_ok=True, space_sdk=sdk)
+            try:
+                self.api.create_repo(**where, private=True, exist_ok=True, space_sdk=sdk)
+            except (HfHubHTTPError, httpx2.HTTPError, OSError):
+                made = self._info(repository)
+                if made is None or {sibling.rfilename for sibling in made.siblings} - INITIAL_FILES:
+                    raise
+                logger.info("%s was made, though the Hub's answer was lost.", repository.url)
             try:
                 self.api.create_branch(**where, branch=FIRST_BRANCH)
             except BaseException:

@@ -119,6 +119,7 @@ def test_a_card_that_the_hub_refuses(hub, asked):
         {"match": r"POST /api/models/.*/preupload/", "action": "status", "status": 503, "times": 2},
         {"match": r"PUT /lfs/model", "action": "status", "status": 500, "times": 2},
         {"match": r"PUT /lfs/model", "action": "drop", "after": 1000},
+        {"match": r"POST /api/repos/create", "action": "lost"},
     ],
 )
 def test_short_storms_are_sat_out(hub, asked, fault):
