@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.prompting_clsgen import TaskPrompt, fill_template
+from clsgen.run_record import without_local_paths
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
@@ -54,10 +55,10 @@ def model_card(
     """
     folder = Path(folder)
     config = ClsGenConfig.from_pretrained(folder)
-    report = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    report = json.loads(without_local_paths((folder / "metrics.json").read_text(encoding="utf-8")))
     path = folder / "examples.json"
     examples = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    base_model = _hub_id(report["base_model"])
+    base_model = hub_id(report["base_model"])
     prompt = TaskPrompt.from_dict(config.prompt)
     of_dataset = test_rows is not None and test_rows == report.get("test_rows_sha256")
     data = ModelCardData(
@@ -159,7 +160,7 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def _hub_id(name: str) -> str | None:
+def hub_id(name: str) -> str | None:
     """The name, where it has the form of a Hub id; a path of this machine is nobody else's business."""
     try:
         validate_repo_id(name)

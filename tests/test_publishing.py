@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 
 import numpy as np
@@ -292,14 +293,38 @@ def test_what_cannot_be_published_is_said_before_any_work(checkpoint, task, spac
     assert not (tmp_path / "out").exists()
 
 
-def test_no_path_of_this_machine_is_published(checkpoint, tmp_path):
+def test_no_path_of_this_machine_is_published(checkpoint, task, space, tmp_path):
     assert str(tmp_path.parent) not in (checkpoint / "config.json").read_text()
     config = json.loads((checkpoint / "config.json").read_text())
-    config["text_config"]["_name_or_path"] = "/home/somebody/backbone"  # as older checkpoints have it
+    config["text_config"]["_name_or_path"] = "/home/jane/backbone"  # as older checkpoints have it
     (checkpoint / "config.json").write_text(json.dumps(config))
-    published = json.loads(model_repository(checkpoint, "alice/tiny").files["config.json"])
+    report = json.loads((checkpoint / "metrics.json").read_text())
+    paths = ["--model_name_or_path", "/home/jane/ward7/llama", "--data_dir=/home/jane/my notes/", "--fp16", "1/2"]
+    command = shlex.join(["python", "train_sft_cls.py", *paths, "--output_dir", "/home/jane/out dir"])
+    report |= {"base_model": "/home/jane/ward7/llama", "command": command, "recalibration": {"command": command}}
+    (checkpoint / "metrics.json").write_text(json.dumps(report))
+    recipe = 'task: /home/jane/tasks/mine  # not /home/jane/other\ndata_dir: "/home/jane/my notes"\nseed: 0\n'
+    (checkpoint / "recipe.yaml").write_text(recipe)
+    publish(arguments(checkpoint, task, space, dry_run=str(tmp_path / "out")))
+    for path in (tmp_path / "out").rglob("*"):
+        if path.suffix in (".json", ".yaml", ".md", ".py", ".jinja", ".txt"):
+            assert not re.search(rf"/home/jane|ward7|notes/|{tmp_path.parent}", path.read_text()), path
+    folder = tmp_path / "out" / "alice" / "tiny"
+    published = json.loads((folder / "config.json").read_text())
     assert published["text_config"]["_name_or_path"] == ""
     assert published["cls_reads"] == config["cls_reads"]
+    published = json.loads((folder / "metrics.json").read_text())
+    assert shlex.split(published["command"])[2:] == [
+        "--model_name_or_path", ".../llama", "--data_dir=.../my notes", "--fp16", "1/2", "--output_dir", ".../out dir",
+    ]  # fmt: skip
+    assert {name for name in report if published[name] != report[name]} == {"base_model", "command", "recalibration"}
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == {
+        "task": ".../mine", "data_dir": ".../my notes", "seed": 0,
+    }  # fmt: skip
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model is None
+    assert "Base model: `llama`" in card.text
+    assert ".../llama" in card.text
 
 
 def test_strange_and_oversized_files_are_refused(checkpoint, task, space, tmp_path):
@@ -357,6 +382,9 @@ def test_adapter_repositories_hold_the_adapter_and_no_other_weights(checkpoint, 
     report = json.loads((checkpoint / "metrics.json").read_text())
     (checkpoint / "metrics.json").write_text(json.dumps({**report, "base_model_source": "de-quantised"}))
     with pytest.raises(ValueError, match="Publish the merged checkpoint"):
+        model_repository(checkpoint, "alice/tiny", adapter=tmp_path / "adapter")
+    (checkpoint / "metrics.json").write_text(json.dumps({**report, "base_model": str(tmp_path)}))
+    with pytest.raises(ValueError, match="which nobody else can load"):
         model_repository(checkpoint, "alice/tiny", adapter=tmp_path / "adapter")
 
 
