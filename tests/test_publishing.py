@@ -18,7 +18,7 @@ from clsgen.publishing.checksums import checksum_lines, verify_checksums
 from clsgen.publishing.footprint import estimate_footprint
 from clsgen.publishing.hub import PublicationError
 from clsgen.publishing.repositories import dataset_repository, model_repository
-from clsgen.push_to_hub import PublishArguments, main, publish
+from clsgen.push_to_hub import PublishArguments, check_publication, main, publish
 from clsgen.tasks import load_task
 
 REVISION = "a" * 40
@@ -268,6 +268,17 @@ def test_a_checkpoint_remembers_that_its_data_were_credentialed(checkpoint, task
     (checkpoint / "metrics.json").write_text(json.dumps({**report, "credentialed": True}))
     with pytest.raises(PublicationError, match="credentialed: true"):
         publish(arguments(checkpoint, task, space, dry_run=str(tmp_path / "out")))
+
+
+def test_data_that_are_on_the_hub_are_copied_only_to_a_name_that_is_given(checkpoint, task, space):
+    spec = yaml.safe_load((task / "task.yaml").read_text())
+    del spec["data_files"]
+    (task / "task.yaml").write_text(yaml.safe_dump({**spec, "dataset": "myorg/private-notes"}))
+    report = json.loads((checkpoint / "metrics.json").read_text())
+    with pytest.raises(PublicationError, match=r"on the Hub as myorg/private-notes.*--parts model space"):
+        publish(arguments(checkpoint, task, space))
+    check_publication(arguments(checkpoint, task, space, parts=["model", "space"]), report)
+    check_publication(arguments(checkpoint, task, space, dataset_id="alice/notes"), report)
 
 
 @pytest.mark.parametrize(
