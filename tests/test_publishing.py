@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard, ModelCard
 from published_things import tiny_checkpoint, tiny_space, tiny_task
 
@@ -218,6 +218,30 @@ def test_a_column_that_starts_in_a_later_row_is_published(task, tmp_path):
     assert load_task(folder).splits["train"].to_list() == load_task(task).splits["train"].to_list()
     published = Dataset.from_parquet(str(folder / "data" / "train.parquet"), cache_dir=str(tmp_path / "cache"))
     assert published["area"] == [None, *["x"] * len(others)]
+
+
+def test_splits_with_other_columns_are_loaded_together(task, tmp_path):
+    rows = [json.loads(line) for line in (task / "test.jsonl").read_text().splitlines()]
+    rows = [{**row, "site": i, "area": None} for i, row in enumerate(rows)]
+    (task / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "out" / "datasets" / "alice" / "tiny-task"
+    dataset_repository(task, "alice/tiny-task").write_to(tmp_path / "out")
+    published = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert published["test"]["site"] == list(range(20))
+    assert published["train"]["site"] == [None] * 24
+    assert published["train"].features == published["validation"].features == published["test"].features
+
+
+@pytest.mark.parametrize("values", [["x", 1], [1, "x"], [{"a": 1}, "x"]])
+@pytest.mark.parametrize("places", [[("train", 0), ("train", 1)], [("train", 0), ("test", 0)]])
+def test_a_column_of_several_types_is_named(checkpoint, task, space, values, places):
+    for value, (split, place) in zip(values, places, strict=True):
+        path = task / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[place]["site"] = value
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(PublicationError, match=r"Nothing was published: .*column 'site' are not all of one type"):
+        publish(arguments(checkpoint, task, space, parts=["dataset"]))
 
 
 def test_dry_run_writes_the_exact_trees(checkpoint, task, space, tmp_path, capsys):
