@@ -4,12 +4,14 @@ import json
 import re
 import shlex
 import subprocess
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import yaml
 from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard, ModelCard
+from packaging.requirements import Requirement
 from published_things import tiny_checkpoint, tiny_space, tiny_task
 
 from clsgen.publishing.calibration_plot import calibration_plot
@@ -251,8 +253,8 @@ def test_dry_run_writes_the_exact_trees(checkpoint, task, space, tmp_path, capsy
     model_files = {path.name for path in (out / "alice" / "tiny").iterdir()}
     assert {
         "README.md", "SHA256SUMS", "config.json", "model.safetensors", "modeling_clsgen.py", "pipeline_clsgen.py",
-        "handler.py", "tokenizer.json", "chat_template.jinja", "metrics.json", "recipe.yaml", "calibration.png",
-        "examples.json",
+        "handler.py", "requirements.txt", "tokenizer.json", "chat_template.jinja", "metrics.json", "recipe.yaml",
+        "calibration.png", "examples.json",
     } <= model_files  # fmt: skip
     for folder in (
         out / "alice" / "tiny",
@@ -274,6 +276,13 @@ def test_dry_run_writes_the_exact_trees(checkpoint, task, space, tmp_path, capsy
     ]  # fmt: skip
     with pytest.raises(PublicationError, match="not empty"):
         publish(arguments(checkpoint, task, space, dry_run=str(out)))
+
+
+def test_endpoints_are_told_which_transformers_the_code_needs(checkpoint):
+    wanted = [Requirement(line) for line in (checkpoint / "requirements.txt").read_text().splitlines()]
+    assert [each.name for each in wanted] == ["transformers", "accelerate"]
+    assert all(each.specifier.contains(version(each.name)) for each in wanted)
+    assert not any(wanted[0].specifier.contains(other) for other in ("4.57.1", "5.22.0", "6.0.0"))
 
 
 def test_credentialed_tasks_are_refused_unless_said_so(checkpoint, space, tmp_path):
