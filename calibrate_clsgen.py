@@ -68,6 +68,7 @@ def recalibrate(arguments: RecalibrationArguments, argv: list[str] | None = None
     metrics, predictions = measure(model.config, task, lambda _, rows: classified(model, rows), arguments)
     report = {name: value for name, value in former.items() if name not in SCORED}
     report |= {**metrics, "threshold_method": arguments.threshold_method}
+    report["credentialed"] = former.get("credentialed", False) or task.credentialed
     report["recalibration"] = describe_run("calibrate_clsgen.py", argv or [])
     write_checkpoint(model, arguments.output, report, predictions, recipe)
     if arguments.results_dir:

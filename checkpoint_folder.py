@@ -1,5 +1,6 @@
 """Writes a trained model as a folder that is complete by itself, there whole or not at all."""
 
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -14,6 +15,7 @@ from clsgen.publishing.cards import model_card
 
 ROOT = Path(__file__).resolve().parent
 ENTRY_POINTS = ("pipeline_clsgen.py", "handler.py")  # found by name, so `save_pretrained` doesn't know of them
+SERVED_WITH = ("transformers", "accelerate")  # what the image of Inference Endpoints may have too old
 
 
 def write_checkpoint(
@@ -47,6 +49,7 @@ def write_checkpoint(
         model.tokenizer.save_pretrained(temporary)
         for name in ENTRY_POINTS:
             shutil.copy(ROOT / name, temporary / name)
+        (temporary / "requirements.txt").write_text(endpoint_requirements(), encoding="utf-8")
         write_json(temporary / "metrics.json", report)
         if recipe is not None:
             (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -64,6 +67,13 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     model.config.name_or_path = str(folder)
     return folder
+
+
+def endpoint_requirements() -> str:
+    """What Inference Endpoints install for `handler.py`: from our minor version on, below the next major one."""
+    ours = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    pins = re.findall(r"^([\w-]+)==(\d+)\.(\d+)", ours, flags=re.MULTILINE)
+    return "".join(f"{name}>={x}.{y},<{int(x) + 1}\n" for name, x, y in pins if name in SERVED_WITH)
 
 
 def _replace(folder: Path, newer: Path) -> None:

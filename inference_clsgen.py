@@ -127,7 +127,7 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
             batch_size (`int`, *optional*): Most texts a forward pass; answers don't depend on it.
             prior (`float`, *optional*): Another base rate of label 1 to re-base probabilities to, in (0, 1).
             attributions (`bool`, *optional*, defaults to `False`): Whether to say what each sentence does to the
-                answer; costs about one more text a sentence.
+                answer; costs about one more text a sentence, and at most 64 (see [`attribute`]).
             max_batch_tokens (`int`, *optional*): Most tokens a forward pass, padding included. Defaults to 2048 on a
                 CPU and 8192 elsewhere.
 
@@ -360,6 +360,9 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
         self, text: Text, max_batch_tokens: int | None = None, batch_size: int | None = None
     ) -> tuple[Attribution, ...]:
         """What each sentence of a text does to the logit, by leaving it out.
+
+        Of a text of more than 64 sentences, as many neighbouring ones are left out together as make it 64 parts or
+        fewer, so that it costs no more than 64 further texts.
 
         Args:
             text (`str` or `dict`): As in [`classify`].

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Attribution:
-    """What one sentence does to the answer.
+    """What one sentence, or neighbouring ones of a long text, does to the answer.
 
     Args:
         field (`str`): The field of the text that holds the sentence; `"text"` where the text is one string.

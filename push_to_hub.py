@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import HfArgumentParser
 
 from clsgen.backbones import DEFAULT_BACKBONE
-from clsgen.publishing.cards import TEMPLATE
+from clsgen.publishing.cards import TEMPLATE, hub_id
 from clsgen.publishing.examples import write_examples
 from clsgen.publishing.hub import PublicationError, Published, Publisher, check_repository
 from clsgen.publishing.repositories import (
@@ -26,7 +26,7 @@ from clsgen.publishing.repositories import (
     model_repository,
     space_repository,
 )
-from clsgen.tasks import find_task, load_task
+from clsgen.tasks import find_task, load_task, rows_digest
 
 logger = logging.getLogger("clsgen.push_to_hub")
 ROOT = Path(__file__).resolve().parent
@@ -87,7 +87,8 @@ def check_publication(arguments: PublishArguments, report: dict[str, Any]) -> di
     """What can be refused before any work; returns the task's `task.yaml`.
 
     Raises:
-        PublicationError: for a credentialed task, one that can't be found, or a name against the base model's license.
+        PublicationError: for a credentialed task, one that can't be found or whose data are on the Hub already,
+            or a name against the base model's license.
     """
     name = arguments.task or report["task"]
     try:
@@ -111,7 +112,18 @@ def check_publication(arguments: PublishArguments, report: dict[str, Any]) -> di
     unknown = set(arguments.parts) - set(PARTS)
     if unknown or not arguments.parts:
         raise PublicationError(f"--parts takes some of {PARTS}, got {arguments.parts}.")
+    source = _source(spec)
+    if "dataset" in arguments.parts and source and not arguments.dataset_id:
+        raise PublicationError(
+            f"Its data are on the Hub as {source}; a copy would have neither the gate nor the card that they "
+            "have there. Say `--parts model space`, or name the copy with --dataset_id if you may publish one."
+        )
     return spec
+
+
+def _source(spec: dict[str, Any]) -> str | None:
+    """Where on the Hub a task's data come from."""
+    return hub_id(spec["dataset"]) if "dataset" in spec else None
 
 
 def license_of(report: dict[str, Any], arguments: PublishArguments) -> str:
@@ -131,6 +143,15 @@ def license_of(report: dict[str, Any], arguments: PublishArguments) -> str:
     return found
 
 
+def _test_rows(arguments: PublishArguments, report: dict[str, Any]) -> str | None:
+    """The digest of the task's test rows; `None` where its data can't be had here."""
+    try:
+        splits = load_task(arguments.task or report["task"]).splits
+    except (OSError, ValueError):
+        return None
+    return rows_digest(splits["test"]) if "test" in splits else None
+
+
 def _names(arguments: PublishArguments, spec: dict[str, Any]) -> Names:
     namespace = arguments.repo_id.partition("/")[0]
     dataset = arguments.dataset_id
@@ -139,7 +160,7 @@ def _names(arguments: PublishArguments, spec: dict[str, Any]) -> Names:
     space = arguments.space_id
     if "space" in arguments.parts:
         space = space or arguments.repo_id
-    return Names(arguments.repo_id, dataset or spec.get("dataset"), space)
+    return Names(arguments.repo_id, dataset or _source(spec), space)
 
 
 def _repositories(arguments: PublishArguments, report: dict[str, Any], spec: dict[str, Any]):
@@ -158,6 +179,7 @@ def _repositories(arguments: PublishArguments, report: dict[str, Any], spec: dic
             return model_repository(
                 checkpoint, names.model, adapter=adapter, template=arguments.card_template, commits=commits,
                 dataset_id=names.dataset, space_id=names.space, license=license_of(report, arguments),
+                test_rows=_test_rows(arguments, report) if names.dataset else None,
             )  # fmt: skip
         return space_repository(
             arguments.space_dir, names.space, model_id=names.model, dataset_id=names.dataset,
@@ -202,6 +224,8 @@ def publish(arguments: PublishArguments, token: str | None = None) -> list[Publi
         return []
     publisher = Publisher(HfApi(token=token), arguments.private, arguments.revision, arguments.create_pr)
     publisher.check(repositories)
+    if "model" not in parts and "space" in parts:
+        commits["model"] = publisher.published_model(arguments.repo_id)
     published = []
     for part, repository in zip(parts, repositories, strict=True):
         # A Space has the model's commit in a file; weights are hashed once.

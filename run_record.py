@@ -15,11 +15,21 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "s
 _TOKEN = re.compile(r"\bhf_\w{8,}")  # also of a mirror, whose tokens may look otherwise
 # "user:password@", or a token alone; "git@" and "bucket@version" stay.
 _PASSWORD = re.compile(r"(?<=://)(?:[^/\s'\"?#:]*:[^/\s'\"?#]*|[^/\s'\"?#@]{16,})@")
+# In quotes (of JSON or of a shell) a path may hold spaces; without, a second part tells it from a unit.
+_PATH = re.compile(
+    r"""(?<=["'])(?P<flag>[\w-]*=)?/(?:[^/"'\s](?:[^/"'\n]*[^/"'\s])?/)*(?P<quoted>[^/"'\s][^/"'\n]*)/?(?=["'])"""
+    r"""|(?<![^\s=:,\[(`])/(?:[^\s/"'`]+/)+(?P<plain>[^\s/"'`,;)\]]+)/?"""
+)
 
 
 def without_secrets(text: str) -> str:
     """`text` without the Hub's tokens and what stands for a password in addresses; a file may be published."""
     return _PASSWORD.sub("...@", _TOKEN.sub("hf_...", text))
+
+
+def without_local_paths(text: str) -> str:
+    """`text` with the last part alone of each absolute path, in a form that is no name of a repository."""
+    return _PATH.sub(lambda match: f"{match['flag'] or ''}.../{match['quoted'] or match['plain']}", text)
 
 
 def peak_memory_mib() -> float:

@@ -21,12 +21,12 @@ from clsgen.classification_metrics import classification_metrics
 from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.publishing.cards import CARD_METRICS
-from clsgen.tasks import Task, class_counts
+from clsgen.tasks import Task, class_counts, rows_digest
 from clsgen.training_rows import hard_labels
 
 logger = logging.getLogger(__name__)
 # What [`measure`] tells of splits in a run's report.
-SCORED = ("validation", "validation_uncalibrated", "test", "test_uncalibrated", "test_conformal")
+SCORED = ("validation", "validation_uncalibrated", "test", "test_uncalibrated", "test_conformal", "test_rows_sha256")
 
 
 @dataclass
@@ -187,7 +187,7 @@ def measure(
     if labelled.get("test"):
         rows = labelled["test"]
         metrics, predictions = score_test_split(config, *decide("test", rows), rows["id"])
-        report |= metrics
+        report |= {**metrics, "test_rows_sha256": rows_digest(rows)}
     stored = ("calibration", "base_rate", "conformal", "threshold", "pos_weight", "lm_reading_weight")
     return {**report, **{name: getattr(config, name) for name in stored}}, predictions
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
@@ -202,6 +203,12 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
 
+async def refuse(_: Request, error: RequestValidationError) -> JSONResponse:
+    """What is wrong with a request, and where, without what stood there: that may be a patient's text, or no JSON."""
+    detail = [{name: problem[name] for name in ("loc", "msg", "type")} for problem in error.errors()]
+    return JSONResponse({"detail": detail}, 422)
+
+
 def create_app(model: Any, arguments: ServeArguments) -> FastAPI:
     """The server as an ASGI application.
 
@@ -219,6 +226,7 @@ def create_app(model: Any, arguments: ServeArguments) -> FastAPI:
 
     app = FastAPI(title="CLSGen", description=model.config.prompt["question"], lifespan=lifespan)
     app.add_middleware(BodyLimit, max_bytes=arguments.max_body_bytes)
+    app.add_exception_handler(RequestValidationError, refuse)
 
     def check(request: StreamRequest) -> None:
         length = len(request.text) if isinstance(request.text, str) else sum(map(len, request.text.values()))

@@ -1,6 +1,7 @@
 """Tasks: a folder with data, a prompt and a card becomes checked, normalised splits. No row goes missing unsaid."""
 
 import csv
+import hashlib
 import importlib.util
 import io
 import json
@@ -13,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import yaml
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
 
 from clsgen.prompting_clsgen import TaskPrompt, fill_template
 
@@ -149,12 +150,30 @@ def find_task(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def raw_splits(folder: Path, spec: dict[str, Any]) -> DatasetDict:
-    """A task's splits with all their columns, as they stand in its data files; null where a row has no such column."""
-    splits = DatasetDict()
+    """A task's splits with the columns of all, as they stand in its data files; null where a row has no such column.
+
+    A column has one type in all splits, without which nobody could load them together.
+
+    Raises:
+        ValueError: for a column that holds values of several types, naming it.
+    """
+    rows, names, places = [], {}, {}
     for source in _load_raw(folder, spec):
-        rows = [row for _, row in source.rows]
-        splits[source.split] = Dataset.from_dict({name: [row.get(name) for row in rows] for name in source.columns})
-    return splits
+        start = len(rows)
+        rows += [row for _, row in source.rows]
+        names.update(dict.fromkeys(source.columns))
+        places[source.split] = range(start, len(rows))
+    columns = []
+    for name in names:
+        try:
+            columns.append(Dataset.from_dict({name: [row.get(name) for row in rows]}))
+        except (TypeError, ValueError) as error:  # pyarrow's are the one or the other
+            raise ValueError(
+                f"{folder}: values of the column {name!r} are not all of one type ({error}). Mend them, or remove the "
+                "column."
+            ) from error
+    whole = concatenate_datasets(columns, axis=1)
+    return DatasetDict({split: whole.select(place) for split, place in places.items()})
 
 
 def class_counts(dataset: Dataset) -> dict[str, int]:
@@ -167,6 +186,15 @@ def class_counts(dataset: Dataset) -> dict[str, int]:
         "unlabelled": labels[None],
         "explained": sum(explanation is not None for explanation in dataset["explanation"]),
     }
+
+
+def rows_digest(rows: Dataset) -> str:
+    """SHA-256 of the labelled rows of a normalised split, without explanations: of what metrics are measured on."""
+    digest = hashlib.sha256()
+    for row in rows.remove_columns("explanation"):
+        if row["label"] is not None:
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _in_words(counts: dict[str, int]) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.prompting_clsgen import TaskPrompt, fill_template
+from clsgen.run_record import without_local_paths
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
@@ -29,6 +30,7 @@ def model_card(
     revision: str | None = None,
     dataset_id: str | None = None,
     dataset_revision: str | None = None,
+    test_rows: str | None = None,
     space_id: str | None = None,
     license: str | None = None,
     variant: str = "merged",
@@ -42,6 +44,8 @@ def model_card(
         repo_id, revision (`str`, *optional*): Where it is published, and the commit that snippets pin; without them
             snippets load the folder itself.
         dataset_id, dataset_revision, space_id (`str`, *optional*): What the card links to.
+        test_rows (`str`, *optional*): [`tasks.rows_digest`] of that data set's test split. Results name the data set
+            only where they are of these rows, which they are not after a calibration on others.
         license (`str`, *optional*): The Hub's id of the license.
         variant (`"merged"` or `"adapter"`): What the repository holds.
         template (`str` or `Path`): A Jinja template.
@@ -51,11 +55,12 @@ def model_card(
     """
     folder = Path(folder)
     config = ClsGenConfig.from_pretrained(folder)
-    report = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    report = json.loads(without_local_paths((folder / "metrics.json").read_text(encoding="utf-8")))
     path = folder / "examples.json"
     examples = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    base_model = _hub_id(report["base_model"])
+    base_model = hub_id(report["base_model"])
     prompt = TaskPrompt.from_dict(config.prompt)
+    of_dataset = test_rows is not None and test_rows == report.get("test_rows_sha256")
     data = ModelCardData(
         library_name="peft" if variant == "adapter" else "transformers",
         pipeline_tag="text-classification",
@@ -65,7 +70,7 @@ def model_card(
         base_model_relation=({"adapter": "adapter"}.get(variant, "finetune") if base_model else None),
         datasets=[dataset_id] if dataset_id else None,
         metrics=[METRIC_IDS.get(name, name) for name in CARD_METRICS] if report.get("test") else None,
-        eval_results=_eval_results(report, dataset_id, dataset_revision),
+        eval_results=_eval_results(report, *((dataset_id, dataset_revision) if of_dataset else (None, None))),
         model_name=(repo_id or f"clsgen/{report['task']}").rpartition("/")[2],
         widget=[_widget_example(example, prompt) for example in examples] or None,
         co2_eq_emissions=_emissions(report),
@@ -80,6 +85,7 @@ def model_card(
         variant=variant,
         dataset_id=dataset_id,
         dataset_revision=dataset_revision,
+        of_dataset=of_dataset,
         space_id=space_id,
         base_model=base_model,
         base_name=f"`{base_model or Path(report['base_model']).name}`",
@@ -154,7 +160,7 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def _hub_id(name: str) -> str | None:
+def hub_id(name: str) -> str | None:
     """The name, where it has the form of a Hub id; a path of this machine is nobody else's business."""
     try:
         validate_repo_id(name)

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -109,6 +110,24 @@ class Publisher:
         except RepositoryNotFoundError:
             return None
 
+    def published_model(self, repo_id: str) -> str:
+        """The commit of a model that is published already: what a Space pins that is published without it.
+
+        Raises:
+            PublicationError: where there is none on the branch, or not yet.
+        """
+        with _explained(f"The model {repo_id} can't be looked up"):
+            try:
+                info = self.api.model_info(repo_id, revision=self.branch)
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                info = None
+            if info is None or MARKERS["model"] not in {sibling.rfilename for sibling in info.siblings}:
+                raise PublicationError(
+                    f"The Space is to load {repo_id}, which is not published on {self.branch!r}: publish the two "
+                    "together (--parts model space)."
+                )
+            return info.sha
+
     def publish(self, repository: Repository) -> Published:
         """Publishes one repository; a new one stays private until [`finish`].
 
@@ -137,7 +156,13 @@ class Publisher:
         info = self._info(repository)
         if info is None:
             sdk = "gradio" if repository.repo_type == "space" else None
-            self.api.create_repo(**where, private=True, exist_ok=True, space_sdk=sdk)
+            try:
+                self.api.create_repo(**where, private=True, exist_ok=True, space_sdk=sdk)
+            except (HfHubHTTPError, httpx2.HTTPError, OSError):
+                made = self._info(repository)
+                if made is None or {sibling.rfilename for sibling in made.siblings} - INITIAL_FILES:
+                    raise
+                logger.info("%s was made, though the Hub's answer was lost.", repository.url)
             try:
                 self.api.create_branch(**where, branch=FIRST_BRANCH)
             except BaseException:

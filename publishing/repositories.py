@@ -12,8 +12,9 @@ import yaml
 from datasets import ClassLabel, Dataset
 from huggingface_hub import DatasetCard, RepoCard, SpaceCard
 
-from clsgen.publishing.cards import TEMPLATE, model_card
+from clsgen.publishing.cards import TEMPLATE, hub_id, model_card
 from clsgen.publishing.checksums import FILE_NAME, checksum_lines
+from clsgen.run_record import without_local_paths
 from clsgen.tasks import find_task, load_task, raw_splits
 
 DATASET_USAGE = Path(__file__).with_name("dataset_usage.md")
@@ -113,6 +114,8 @@ def model_repository(
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} is no checkpoint of train_sft_cls.py: it has no {name}.")
     files = {**_files_below(checkpoint), "config.json": _config_without_local_path(checkpoint / "config.json")}
+    for name in {"metrics.json", "recipe.yaml"} & set(files):
+        files[name] = without_local_paths((checkpoint / name).read_text(encoding="utf-8")).encode()
     if adapter is not None:
         weights = {path.name for pattern in WEIGHT_FILES for path in checkpoint.glob(pattern)}
         files = {path: content for path, content in files.items() if path not in weights}
@@ -152,6 +155,11 @@ def _adapter_files(folder: Path, report: dict[str, Any]) -> dict[str, Content]:
         raise ValueError(
             f"The adapter was trained on {report['base_model']} {report['base_model_source']}: on the original's "
             "weights it would give other answers. Publish the merged checkpoint."
+        )
+    if hub_id(report["base_model"]) is None:
+        raise ValueError(
+            f"The adapter was trained on {report['base_model']}, which nobody else can load. Publish the merged "
+            "checkpoint, or train on a backbone by its name on the Hub."
         )
     config = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": report["base_model"]}
     return {

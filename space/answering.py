@@ -13,6 +13,7 @@ import rendering
 
 PREVIEW_ROWS = 20
 FAILED = "Something went wrong on the server; it has been logged. Try again, or with a shorter text."
+STOPPED = "Stopped.", rendering.empty("Stopped before the end.")
 logger = logging.getLogger("space")
 Shown = tuple[str, str, str, str]  # contents of the announcer, the answer, the explanation and the sentences
 
@@ -81,9 +82,8 @@ class Answerer:
             yield "", rendering.problem(FAILED), "", ""
 
     def _answered(self, text: str | dict[str, str], weigh: bool, wanted: Callable[[], bool]) -> Iterator[Shown]:
-        stopped = "Stopped.", rendering.empty("Stopped before the end.")
         if not wanted():
-            yield stopped[0], stopped[1], "", ""
+            yield *STOPPED, "", ""
             return
         with contextlib.closing(self.model.stream(text)) as events:  # closed early, it ends the writing
             prediction = next(events)
@@ -97,24 +97,32 @@ class Answerer:
                 words += event
                 if not wanted():
                     unfinished = rendering.explanation(words, prediction.explained_label)
-                    yield stopped[0], answer, unfinished, stopped[1]
+                    yield STOPPED[0], answer, unfinished, STOPPED[1]
                     return
                 # Screen readers get whole sentences, each once, not the text again with each piece.
                 end = rendering.complete_sentences(words, told)
                 if end > told:
                     announced, told = words[told:end].strip(), end
                 yield announced, answer, rendering.explanation(words, prediction.explained_label, writing=True), ""
-        yield from self._ended(text, prediction, answer, prediction.explanation[told:].strip(), weigh)
+        yield from self._ended(text, prediction, answer, prediction.explanation[told:].strip(), weigh, wanted)
 
     def _ended(
-        self, text: str | dict[str, str], prediction: Any, answer: str, unsaid: str, weigh: bool
+        self,
+        text: str | dict[str, str],
+        prediction: Any,
+        answer: str,
+        unsaid: str,
+        weigh: bool,
+        wanted: Callable[[], bool],
     ) -> Iterator[Shown]:
         other = rendering.says_other_verdict(prediction.explanation, self.prompt.verdicts, prediction.label_id)
         explained = rendering.explanation(prediction.explanation, prediction.explained_label, other)
         ending = f" {rendering.CONTRADICTION}." if other else ""
         announced = f"{unsaid} The explanation is complete.{ending}".strip()
         yield announced, answer, explained, rendering.progress("Leaving out each sentence in turn…") if weigh else ""
-        if weigh:
+        if weigh and not wanted():
+            yield STOPPED[0], answer, explained, STOPPED[1]
+        elif weigh:
             fields = {"text": text} if isinstance(text, str) else text
             found = self.model.attribute(text)
             weighed = rendering.relevance(fields, found, self.labels, prediction.truncated)

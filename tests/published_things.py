@@ -11,7 +11,7 @@ from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.classification_metrics import classification_metrics
 from clsgen.publishing.examples import write_examples
 from clsgen.publishing.footprint import estimate_footprint
-from clsgen.tasks import load_task
+from clsgen.tasks import load_task, rows_digest
 
 LABELS = ["not_supported", "supported"]
 APP = """
@@ -59,6 +59,7 @@ def tiny_report(model, task) -> tuple[dict, list[dict]]:
         probabilities = np.array([answer.probability for answer in answers])
         labels = np.array(rows["label"])
         report[split] = classification_metrics(labels, probabilities, model.config.threshold)
+    report["test_rows_sha256"] = rows_digest(task.splits["test"])
     predictions = [{"label": int(y), "probability": p} for y, p in zip(labels, probabilities, strict=True)]
     return report, predictions
 

@@ -93,12 +93,19 @@ def test_rows_of_another_place_in_a_copy_of_the_task(trained, tmp_path):
     (here / "validation.jsonl").write_text("".join(rows[:9]))
     spec = yaml.safe_load((here / "task.yaml").read_text())
     del spec["data_files"]["test"]
+    spec["credentialed"] = True
     (here / "task.yaml").write_text(yaml.safe_dump(spec))
     main(["--model", str(former), "--task", str(here), "--output", str(tmp_path / "new")])
     report = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert report["credentialed"]
     assert report["validation"]["rows"] == 9
     assert report["base_rate"] == pytest.approx(4 / 9)
-    assert not {"test", "test_uncalibrated", "test_conformal"} & set(report)
+    assert not {"test", "test_uncalibrated", "test_conformal", "test_rows_sha256"} & set(report)
+    # Once made from such rows, a checkpoint stays so.
+    main(["--model", str(tmp_path / "new"), "--task", str(task), "--output", str(tmp_path / "back")])
+    again = json.loads((tmp_path / "back" / "metrics.json").read_text())
+    assert again["credentialed"]
+    assert again["test_rows_sha256"] == json.loads((former / "metrics.json").read_text())["test_rows_sha256"]
 
 
 @pytest.mark.parametrize(

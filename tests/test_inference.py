@@ -386,6 +386,24 @@ def test_attributions_of_a_long_text_leave_the_cut_out(model):
     assert any(b.start - a.end > 100 for a, b in itertools.pairwise(inside))
 
 
+def test_attributions_of_many_sentences_are_of_joined_ones(backbones):
+    model = build(backbones["llama"], max_prompt_length=700)
+    text = {"findings": " ".join(f"{'AB'[i % 2]}." for i in range(100)), "claim": "It works."}
+    prediction = model.classify(text, attributions=True)
+    assert not prediction.truncated
+    sentences = [text[a.field][a.start : a.end] for a in prediction.attributions]
+    assert sentences == ["A. B."] * 50 + ["It works."]
+    without = model.classify({**text, "findings": text["findings"].removeprefix("A. B. ")})
+    assert prediction.attributions[0].score == pytest.approx(prediction.logit - without.logit, abs=1e-4)
+    long = model.classify({**text, "findings": "A. " * 500}, attributions=True)
+    assert long.truncated
+    spans = [(a.start, a.end) for a in long.attributions if a.field == "findings"]
+    assert 32 < len(spans) < 64
+    gaps = [after - before for (_, before), (after, _) in itertools.pairwise(spans)]
+    assert max(gaps) > 500  # what was cut
+    assert sorted(gaps)[:-1] == [1] * (len(gaps) - 1)
+
+
 def test_sentences_end_at_stops_and_lines():
     text = "A 1.5 mg dose. See e.g. Smith et al. 2020.\n\nRESULTS: none\n"
     assert [text[a:b] for a, b in sentence_spans(text)] == [

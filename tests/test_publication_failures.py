@@ -1,6 +1,7 @@
 """What goes wrong while publishing: after each failure nothing is half there, and the same call finishes it."""
 
 import contextlib
+import json
 import re
 import shutil
 import threading
@@ -118,6 +119,7 @@ def test_a_card_that_the_hub_refuses(hub, asked):
         {"match": r"POST /api/models/.*/preupload/", "action": "status", "status": 503, "times": 2},
         {"match": r"PUT /lfs/model", "action": "status", "status": 500, "times": 2},
         {"match": r"PUT /lfs/model", "action": "drop", "after": 1000},
+        {"match": r"POST /api/repos/create", "action": "lost"},
     ],
 )
 def test_short_storms_are_sat_out(hub, asked, fault):
@@ -278,6 +280,23 @@ def test_another_branch(hub, asked):
     assert api.repo_info("alice/tiny").sha == main
     card = ModelCard.load(api.hf_hub_download("alice/tiny", "README.md", revision="next"))
     assert card.data.license == "apache-2.0"
+
+
+def test_a_space_alone_pins_the_model_that_is_published(hub, asked):
+    alone = replace(asked, parts=["dataset", "space"])
+    with pytest.raises(PublicationError, match=r"alice/tiny, which is not published on 'main'.*--parts model space"):
+        publish(alone, token=TOKEN)
+    assert seen_by_all(hub) == NOTHING
+    api = hub.api()
+    api.create_repo(**WHERE["model"])
+    with pytest.raises(PublicationError, match="not published on 'main'"):  # begun, and holds no checkpoint yet
+        publish(alone, token=TOKEN)
+    publish(replace(asked, parts=["model"]), token=TOKEN)
+    publish(alone, token=TOKEN)
+    what = json.loads(Path(api.hf_hub_download("alice/tiny", "space.json", repo_type="space")).read_text())
+    assert (what["model"], what["revision"]) == ("alice/tiny", api.repo_info("alice/tiny").sha)
+    with pytest.raises(PublicationError, match="not published on 'next'"):
+        publish(replace(alone, revision="next"), token=TOKEN)
 
 
 def test_pull_requests(hub, asked):

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shlex
 import subprocess
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard, ModelCard
+from packaging.requirements import Requirement
 from published_things import tiny_checkpoint, tiny_space, tiny_task
 
 from clsgen.publishing.calibration_plot import calibration_plot
@@ -17,7 +20,7 @@ from clsgen.publishing.checksums import checksum_lines, verify_checksums
 from clsgen.publishing.footprint import estimate_footprint
 from clsgen.publishing.hub import PublicationError
 from clsgen.publishing.repositories import dataset_repository, model_repository
-from clsgen.push_to_hub import PublishArguments, main, publish
+from clsgen.push_to_hub import PublishArguments, check_publication, main, publish
 from clsgen.tasks import load_task
 
 REVISION = "a" * 40
@@ -48,7 +51,7 @@ def test_the_card_says_what_was_measured_and_pins_every_snippet(checkpoint):
     report = json.loads((checkpoint / "metrics.json").read_text())
     card = model_card(
         checkpoint, repo_id="alice/tiny", revision=REVISION, dataset_id="alice/data", dataset_revision="b" * 40,
-        space_id="alice/demo", license="mit",
+        test_rows=report["test_rows_sha256"], space_id="alice/demo", license="mit",
     )  # fmt: skip
     data = card.data
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-classification", "mit")
@@ -77,6 +80,23 @@ def test_the_card_says_what_was_measured_and_pins_every_snippet(checkpoint):
     assert "3.0" not in yaml.safe_dump(data.widget)
     assert "Environmental cost: about" in text
     assert "\\<b\\>" in text  # a row's text is no markup of the page
+
+
+def test_results_name_the_data_set_only_where_they_are_of_its_rows(checkpoint, task, space, tmp_path):
+    def published(name):
+        publish(arguments(checkpoint, task, space, dry_run=str(tmp_path / name)))
+        card = ModelCard.load(tmp_path / name / "alice" / "tiny" / "README.md")
+        return {result.dataset_type for result in card.data.eval_results}, card
+
+    types, card = published("same")
+    assert types == {"alice/tiny-task"}
+    assert "Nothing shows" not in card.text
+    rows = (task / "test.jsonl").read_text()
+    (task / "test.jsonl").write_text(rows.replace("Drug 3.", "Drug 33."))
+    types, card = published("other")
+    assert types == {"tiny_task"}
+    assert card.data.datasets == ["alice/tiny-task"]
+    assert "Nothing shows that test numbers are of rows of `alice/tiny-task`." in card.text
 
 
 def test_a_card_whose_numbers_differ_is_refused(checkpoint, tmp_path):
@@ -202,6 +222,30 @@ def test_a_column_that_starts_in_a_later_row_is_published(task, tmp_path):
     assert published["area"] == [None, *["x"] * len(others)]
 
 
+def test_splits_with_other_columns_are_loaded_together(task, tmp_path):
+    rows = [json.loads(line) for line in (task / "test.jsonl").read_text().splitlines()]
+    rows = [{**row, "site": i, "area": None} for i, row in enumerate(rows)]
+    (task / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "out" / "datasets" / "alice" / "tiny-task"
+    dataset_repository(task, "alice/tiny-task").write_to(tmp_path / "out")
+    published = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert published["test"]["site"] == list(range(20))
+    assert published["train"]["site"] == [None] * 24
+    assert published["train"].features == published["validation"].features == published["test"].features
+
+
+@pytest.mark.parametrize("values", [["x", 1], [1, "x"], [{"a": 1}, "x"]])
+@pytest.mark.parametrize("places", [[("train", 0), ("train", 1)], [("train", 0), ("test", 0)]])
+def test_a_column_of_several_types_is_named(checkpoint, task, space, values, places):
+    for value, (split, place) in zip(values, places, strict=True):
+        path = task / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[place]["site"] = value
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(PublicationError, match=r"Nothing was published: .*column 'site' are not all of one type"):
+        publish(arguments(checkpoint, task, space, parts=["dataset"]))
+
+
 def test_dry_run_writes_the_exact_trees(checkpoint, task, space, tmp_path, capsys):
     out = tmp_path / "out"
     publish(arguments(checkpoint, task, space, dry_run=str(out)))
@@ -209,8 +253,8 @@ def test_dry_run_writes_the_exact_trees(checkpoint, task, space, tmp_path, capsy
     model_files = {path.name for path in (out / "alice" / "tiny").iterdir()}
     assert {
         "README.md", "SHA256SUMS", "config.json", "model.safetensors", "modeling_clsgen.py", "pipeline_clsgen.py",
-        "handler.py", "tokenizer.json", "chat_template.jinja", "metrics.json", "recipe.yaml", "calibration.png",
-        "examples.json",
+        "handler.py", "requirements.txt", "tokenizer.json", "chat_template.jinja", "metrics.json", "recipe.yaml",
+        "calibration.png", "examples.json",
     } <= model_files  # fmt: skip
     for folder in (
         out / "alice" / "tiny",
@@ -234,6 +278,13 @@ def test_dry_run_writes_the_exact_trees(checkpoint, task, space, tmp_path, capsy
         publish(arguments(checkpoint, task, space, dry_run=str(out)))
 
 
+def test_endpoints_are_told_which_transformers_the_code_needs(checkpoint):
+    wanted = [Requirement(line) for line in (checkpoint / "requirements.txt").read_text().splitlines()]
+    assert [each.name for each in wanted] == ["transformers", "accelerate"]
+    assert all(each.specifier.contains(version(each.name)) for each in wanted)
+    assert not any(wanted[0].specifier.contains(other) for other in ("4.57.1", "5.22.0", "6.0.0"))
+
+
 def test_credentialed_tasks_are_refused_unless_said_so(checkpoint, space, tmp_path):
     secret = tiny_task(tmp_path / "secret", credentialed=True)
     for parts in (["model"], ["dataset"], ["space"], ["dataset", "model", "space"]):
@@ -250,6 +301,17 @@ def test_a_checkpoint_remembers_that_its_data_were_credentialed(checkpoint, task
     (checkpoint / "metrics.json").write_text(json.dumps({**report, "credentialed": True}))
     with pytest.raises(PublicationError, match="credentialed: true"):
         publish(arguments(checkpoint, task, space, dry_run=str(tmp_path / "out")))
+
+
+def test_data_that_are_on_the_hub_are_copied_only_to_a_name_that_is_given(checkpoint, task, space):
+    spec = yaml.safe_load((task / "task.yaml").read_text())
+    del spec["data_files"]
+    (task / "task.yaml").write_text(yaml.safe_dump({**spec, "dataset": "myorg/private-notes"}))
+    report = json.loads((checkpoint / "metrics.json").read_text())
+    with pytest.raises(PublicationError, match=r"on the Hub as myorg/private-notes.*--parts model space"):
+        publish(arguments(checkpoint, task, space))
+    check_publication(arguments(checkpoint, task, space, parts=["model", "space"]), report)
+    check_publication(arguments(checkpoint, task, space, dataset_id="alice/notes"), report)
 
 
 @pytest.mark.parametrize(
@@ -275,14 +337,38 @@ def test_what_cannot_be_published_is_said_before_any_work(checkpoint, task, spac
     assert not (tmp_path / "out").exists()
 
 
-def test_no_path_of_this_machine_is_published(checkpoint, tmp_path):
+def test_no_path_of_this_machine_is_published(checkpoint, task, space, tmp_path):
     assert str(tmp_path.parent) not in (checkpoint / "config.json").read_text()
     config = json.loads((checkpoint / "config.json").read_text())
-    config["text_config"]["_name_or_path"] = "/home/somebody/backbone"  # as older checkpoints have it
+    config["text_config"]["_name_or_path"] = "/home/jane/backbone"  # as older checkpoints have it
     (checkpoint / "config.json").write_text(json.dumps(config))
-    published = json.loads(model_repository(checkpoint, "alice/tiny").files["config.json"])
+    report = json.loads((checkpoint / "metrics.json").read_text())
+    paths = ["--model_name_or_path", "/home/jane/ward7/llama", "--data_dir=/home/jane/my notes/", "--fp16", "1/2"]
+    command = shlex.join(["python", "train_sft_cls.py", *paths, "--output_dir", "/home/jane/out dir"])
+    report |= {"base_model": "/home/jane/ward7/llama", "command": command, "recalibration": {"command": command}}
+    (checkpoint / "metrics.json").write_text(json.dumps(report))
+    recipe = 'task: /home/jane/tasks/mine  # not /home/jane/other\ndata_dir: "/home/jane/my notes"\nseed: 0\n'
+    (checkpoint / "recipe.yaml").write_text(recipe)
+    publish(arguments(checkpoint, task, space, dry_run=str(tmp_path / "out")))
+    for path in (tmp_path / "out").rglob("*"):
+        if path.suffix in (".json", ".yaml", ".md", ".py", ".jinja", ".txt"):
+            assert not re.search(rf"/home/jane|ward7|notes/|{tmp_path.parent}", path.read_text()), path
+    folder = tmp_path / "out" / "alice" / "tiny"
+    published = json.loads((folder / "config.json").read_text())
     assert published["text_config"]["_name_or_path"] == ""
     assert published["cls_reads"] == config["cls_reads"]
+    published = json.loads((folder / "metrics.json").read_text())
+    assert shlex.split(published["command"])[2:] == [
+        "--model_name_or_path", ".../llama", "--data_dir=.../my notes", "--fp16", "1/2", "--output_dir", ".../out dir",
+    ]  # fmt: skip
+    assert {name for name in report if published[name] != report[name]} == {"base_model", "command", "recalibration"}
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == {
+        "task": ".../mine", "data_dir": ".../my notes", "seed": 0,
+    }  # fmt: skip
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model is None
+    assert "Base model: `llama`" in card.text
+    assert ".../llama" in card.text
 
 
 def test_strange_and_oversized_files_are_refused(checkpoint, task, space, tmp_path):
@@ -340,6 +426,9 @@ def test_adapter_repositories_hold_the_adapter_and_no_other_weights(checkpoint, 
     report = json.loads((checkpoint / "metrics.json").read_text())
     (checkpoint / "metrics.json").write_text(json.dumps({**report, "base_model_source": "de-quantised"}))
     with pytest.raises(ValueError, match="Publish the merged checkpoint"):
+        model_repository(checkpoint, "alice/tiny", adapter=tmp_path / "adapter")
+    (checkpoint / "metrics.json").write_text(json.dumps({**report, "base_model": str(tmp_path)}))
+    with pytest.raises(ValueError, match="which nobody else can load"):
         model_repository(checkpoint, "alice/tiny", adapter=tmp_path / "adapter")
 
 

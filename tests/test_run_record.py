@@ -2,7 +2,7 @@
 
 import pytest
 
-from clsgen.run_record import without_secrets
+from clsgen.run_record import without_local_paths, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,18 @@ from clsgen.run_record import without_secrets
 )
 def test_tokens_and_passwords_stay_out(said, kept):
     assert without_secrets(said) == kept
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("--data_dir /home/jane/notes --seed 0", "--data_dir .../notes --seed 0"),
+        ('"--data_dir=/home/jane/notes/ --seed 0 --out /a/b"', '"--data_dir=.../notes --seed 0 --out .../b"'),
+        ("--data_dir '/home/jane/my notes' '--task=/home/jane/a b/'", "--data_dir '.../my notes' '--task=.../a b'"),
+        ('{"base_model": "/srv/llama", "n": 1}', '{"base_model": ".../llama", "n": 1}'),
+        ("--also_on a=/srv/jane/there --judges lm:/srv/jane/judge", "--also_on a=.../there --judges lm:.../judge"),
+        *[(kept, kept) for kept in ("https://a.org/b/c", "s3://in/notes", "a/b/c", "1/2", "g /kWh", "and/or")],
+    ],
+)
+def test_of_a_path_the_last_part_stays(said, kept):
+    assert without_local_paths(said) == kept

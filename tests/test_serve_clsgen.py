@@ -99,16 +99,33 @@ def test_a_stream_is_the_number_then_the_words(model, texts):
         ({"text": "a", "nonsense": 1}, 422, "nonsense"),
         ({"text": "a", "prior": 1.5}, 422, "prior"),
         ({"text": "a", "max_new_tokens": 10_000}, 422, "max_new_tokens"),
+        ({"text": float("nan")}, 422, "text"),
+        ({"text": "a", "prior": float("nan")}, 422, "prior"),
+        ({"text": "a", "prior": float("inf")}, 422, "prior"),
+        ({"text": "a", "max_new_tokens": float("inf")}, 422, "max_new_tokens"),
+        ({"text": "a", "nonsense": float("nan")}, 422, "nonsense"),
+        ({"text": "a", "\ud800": 1}, 422, "unicode"),
+        ({"text": {"\ud800": "a"}}, 422, "ud800"),
+        ({"text": {"\ud800": 1}}, 422, "dict"),
         ({"text": "a" * 600}, 413, "600 characters"),
         ({"text": "a" * 3000}, 413, "2000 bytes"),
     ],
 )
 def test_bad_requests_are_told_so(model, path, body, status, message):
     with serving(model, max_characters=500, max_body_bytes=2000) as client:
-        answer = client.post(path, json=body)
+        # Not `json=`: httpx writes neither NaN nor Infinity, which other clients do.
+        answer = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
         assert answer.status_code == status
         assert message in answer.text
         assert client.post("/predict", json={"text": "fine", "explain": False}).status_code == 200
+
+
+def test_a_refusal_does_not_repeat_the_text(model):
+    with serving(model) as client:
+        answer = client.post("/predict", json={"text": ["Mrs Smith, born 1950"], "note": "Mrs Smith"})
+    assert answer.status_code == 422
+    assert "Smith" not in answer.text
+    assert {tuple(problem) for problem in answer.json()["detail"]} == {("loc", "msg", "type")}
 
 
 def test_a_full_queue_and_a_slow_answer_are_told_so(model, monkeypatch):

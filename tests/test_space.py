@@ -134,6 +134,20 @@ def test_stopping_ends_the_writing_and_its_thread(answerer):
     assert not [thread for thread in threading.enumerate() if thread.name == STREAM_THREAD]
 
 
+def test_stopping_before_the_sentences_weighs_none(answerer, monkeypatch):
+    weighed = []
+    monkeypatch.setattr(answerer.model, "attribute", weighed.append, raising=False)
+    turn = Turn()
+    turn.begin()
+    steps = answerer.answer_text(TEXT, weigh=True, wanted=turn.wanted())
+    complete = next(step for step in steps if "The explanation is complete" in step[0])
+    turn.stop()
+    ((announced, *shown, sentences),) = steps
+    assert (announced, tuple(shown)) == ("Stopped.", complete[1:3])
+    assert "Stopped" in sentences
+    assert weighed == []
+
+
 def test_a_newer_request_takes_the_turn_of_an_older_one():
     turn = Turn()
     turn.begin()
