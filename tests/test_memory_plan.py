@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from clsgen.benchmarks.memory_plan import (
+from benchmarks.memory_plan import (
     DOCUMENT,
     LLAMA_8B,
     RECIPE,
