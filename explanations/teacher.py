@@ -148,15 +148,17 @@ class EndpointTeacher:
     async def ask(self, messages: Messages, schema: dict[str, Any], max_tokens: int) -> Reply:
         async with self._limiter or contextlib.nullcontext():
             while True:
+                request = self._request(schema, max_tokens)
                 try:
                     completion = await self._client.chat.completions.create(
-                        model=self.arguments.model, messages=messages, **self._request(schema, max_tokens)
+                        model=self.arguments.model, messages=messages, **request
                     )
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                     reply = self._row_problem(error)
                     if reply is not None:
                         return reply
-                    if not self._adapt(error):
+                    # What this request was refused for, another one may have been told meanwhile.
+                    if request == self._request(schema, max_tokens) and not self._adapt(error):
                         raise TeacherError(self._told(error, messages)) from None
                 except openai.OpenAIError as error:
                     raise self._failure(error, messages) from None

@@ -154,7 +154,8 @@ def test_a_thought_that_never_ends_is_no_answer(build_with_teacher, teacher):
     assert rejected(build_with_teacher(min_kept_per_class=0))["bad"] == {"malformed": 6}
 
 
-def test_options_that_an_endpoint_does_not_take_are_left_out(build_with_teacher, teacher):
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_options_that_an_endpoint_does_not_take_are_left_out(build_with_teacher, teacher, concurrency):
     def picky(body):
         if "response_format" in body:
             return failure(400, "response_format is not supported")
@@ -163,7 +164,7 @@ def test_options_that_an_endpoint_does_not_take_are_left_out(build_with_teacher,
         return failure(400, "unsupported", param="temperature") if "temperature" in body else sound(body)
 
     teacher.behave = picky
-    assert build_with_teacher(teacher={"concurrency": 1})["ledger"]["train"]["bad"]["kept"] == 6
+    assert build_with_teacher(teacher={"concurrency": concurrency})["ledger"]["train"]["bad"]["kept"] == 6
     assert "max_completion_tokens" in teacher.bodies[-1]
 
 
