@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from clsgen.explanations.protocols import Answer, Asker, UnusableAnswerError
-from clsgen.explanations.teacher import TRUNCATED, Messages, Reply, Teacher, TeacherArguments
+from clsgen.explanations.teacher import TRUNCATED, Messages, RefusedRowError, Reply, Teacher, TeacherArguments
 from clsgen.journal import Journal
 
 _FORMAT = {"format": "clsgen teacher answers", "version": 1}
@@ -104,12 +104,14 @@ class CachedTeacher:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def ask(self, row: dict[str, Any], protocol: str) -> Outcome:
-        """Asks about a row, at most `1 + max_reasks` times; raises as [`Teacher.ask`] does."""
+        """Asks about a row, at most `1 + max_reasks` times; raises as [`Teacher.ask`] does for more than this row."""
         messages, max_tokens = self.asker.messages(row, protocol), self.arguments.max_tokens
         for attempt in range(1 + self.arguments.max_reasks):
-            reply = await self._reply(row, protocol, attempt, messages, max_tokens)
             try:
+                reply = await self._reply(row, protocol, attempt, messages, max_tokens)
                 return Outcome(self.asker.read(reply, protocol))
+            except RefusedRowError as error:
+                return Outcome(None, error.reason, str(error))
             except UnusableAnswerError as error:
                 problem = error
             if reply.finish_reason not in ("stop", TRUNCATED) or reply.refusal:
