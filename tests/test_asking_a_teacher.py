@@ -265,7 +265,7 @@ def test_two_runs_at_a_time_are_refused(build_with_teacher, tmp_path):
     from clsgen.explanations.answers import AnswerStore
 
     store = AnswerStore(tmp_path / "built" / ANSWERS)
-    with pytest.raises(ValueError, match="in use by another run"):
+    with pytest.raises(BlockingIOError, match="in use by another run"):
         build_with_teacher()
     store.close()
     build_with_teacher()
