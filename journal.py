@@ -82,12 +82,14 @@ class Journal:
     def remove(self) -> None:
         """Deletes it, where its answers are in their place."""
         self.path.unlink()
-        with contextlib.suppress(PermissionError):  # of Windows, where the lock's file goes by itself
-            Path(self._lock.lock_file).unlink()
+        self.close()
 
     def close(self) -> None:
         """Lets another run open it."""
-        self._lock.release()
+        if self._lock.is_locked:
+            with contextlib.suppress(OSError):  # of Windows, where the lock's file goes by itself
+                Path(self._lock.lock_file).unlink()
+            self._lock.release()
 
     def __enter__(self) -> "Journal":
         return self

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 from datasets import load_dataset
@@ -240,7 +241,8 @@ def test_hand_checked_rows_give_each_filters_errors(build_with_teacher, teacher,
 def test_the_command_line_tells_errors_in_one_line(source_task, tmp_path, caplog):
     with caplog.at_level(logging.ERROR):
         assert main(["--task", str(source_task()), "--output_dir", str(tmp_path / "o"), "--filters", "odd"]) == 1
-        assert main(["--task", str(source_task()), "--output_dir", str(source_task()), "--model", "m"]) == 1
+        other = str(shutil.copytree(source_task(), tmp_path / "other"))
+        assert main(["--task", str(source_task()), "--output_dir", other, "--model", "m"]) == 1
         assert main(["--task", str(source_task()), "--output_dir", str(tmp_path / "o")]) == 1
     assert next(record.message for record in caplog.records).startswith("Unknown filter(s) ['odd']")
     assert "a task that this command has not built" in caplog.text
