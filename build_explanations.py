@@ -38,10 +38,10 @@ from clsgen.explanations.task_folder import DROP, EXPLAIN, HEAD, REPORT, write_t
 from clsgen.explanations.teacher import TeacherArguments, TeacherError
 from clsgen.run_record import without_secrets
 from clsgen.table_files import write_rows
-from clsgen.tasks import Task, load_task
+from clsgen.tasks import Task, find_task, load_task
 
 logger = logging.getLogger("clsgen.build_explanations")
-ANSWERS = ".teacher_answers.jsonl"
+ANSWERS, FAILED_REPORT = ".teacher_answers.jsonl", "failed_report.json"
 
 
 @dataclass
@@ -109,10 +109,12 @@ class BuildArguments:
 
 
 def output_folder(arguments: BuildArguments, task: Task) -> Path:
-    """Where the new task goes; raises `ValueError` where something is there that this command has not built."""
+    """Where the new task goes; raises `ValueError` where its source is, or what this command has not built."""
     folder = Path(arguments.output_dir or Path("outputs") / f"{task.name}_explained")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file.")
+    if folder.resolve() == find_task(arguments.task)[0].resolve():
+        raise ValueError(f"{folder} is the source itself, which would be overwritten: name another --output_dir.")
     if (folder / "task.yaml").exists() and not (folder / REPORT).exists():
         raise ValueError(f"{folder} is a task that this command has not built: name another --output_dir.")
     return folder
@@ -141,7 +143,7 @@ def rows_to_ask(task: Task, arguments: BuildArguments) -> list[dict[str, Any]]:
 def teacher_answers(
     task: Task, folder: Path, arguments: BuildArguments, teacher: TeacherArguments, language: str
 ) -> tuple[dict[str, Collected], dict[str, float]]:
-    """What the teacher, or the file in its place, says of the rows; and the tokens and cost of this run."""
+    """What the teacher, or the file in its place, says of the rows; and what these answers took, in all runs."""
     rows = rows_to_ask(task, arguments)
     if arguments.answers:
         recorded, asked = read_recorded(Path(arguments.answers), task, arguments.answers_id), {r["id"] for r in rows}
@@ -222,7 +224,7 @@ def build(
     Raises:
         TeacherError: The teacher cannot be asked. What it has answered is kept.
         ValueError: The task or an option cannot be used, the teacher failed on some rows, or a class falls below
-            `min_kept_per_class`. The report is written in the latter case, the data are not.
+            `min_kept_per_class`. Then the folder is left as it was, but for a `failed_report.json`.
     """
     task = load_task(arguments.task, arguments.data_dir, arguments.on_bad_row)
     folder = output_folder(arguments, task)
@@ -232,21 +234,26 @@ def build(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"--output_dir {folder} cannot be made ({error}): choose another.") from error
-    collected, spent = teacher_answers(task, folder, arguments, teacher, filters.language)
+    collected, usage = teacher_answers(task, folder, arguments, teacher, filters.language)
     judged = judge_task(task, collected, filters, arguments.keep_source_explanations)
-    report = describe(task, judged, arguments, teacher, filters) | {"this_run": spent, "command": command}
+    report = describe(task, judged, arguments, teacher, filters) | {"usage": usage, "command": command}
     unanswered = [found.unanswered for found in collected.values() if found.unanswered]
     if unanswered and not arguments.allow_unanswered:
         raise ValueError(
             f"The teacher failed on {len(unanswered)} row(s) ({unanswered[0]}). Call the same command again to ask "
             "about these; with `--allow_unanswered true` they stay without an explanation."
         )
-    for results in filter(None, (arguments.results_dir, folder)):
-        write_json(Path(results) / REPORT, report)
-    check_floor(report["ledger"], task.labels, arguments.min_kept_per_class)
+    try:
+        check_floor(report["ledger"], task.labels, arguments.min_kept_per_class)
+    except ValueError:
+        write_json(folder / FAILED_REPORT, report)  # an earlier build's stays with its data
+        raise
+    (folder / FAILED_REPORT).unlink(missing_ok=True)
     if arguments.audit_sample:
         write_rows(folder / "audit_sample.jsonl", sample_for_audit(judged, arguments.audit_sample))
     write_task(folder, task, judged, report, arguments.filtered_rows, arguments.file_format)
+    if arguments.results_dir:
+        write_json(Path(arguments.results_dir) / REPORT, report)
     logger.info("%s: explained rows %s", folder, told(report["ledger"]))
     return report
 

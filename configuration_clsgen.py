@@ -139,6 +139,14 @@ class ClsGenConfig(PreTrainedConfig):
         self._check()
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As any config's. It knows its commit on the Hub, from which the tokenizer then comes, too."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config, revision = loaded[0] if isinstance(loaded, tuple) else loaded, kwargs.get("revision")
+        config._commit_hash = getattr(revision, "resolved", revision)  # transformers 5.23 resolves it, and forgets it
+        return loaded
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         return super().from_dict({"clsgen_version": 1, **config_dict}, **kwargs)
 

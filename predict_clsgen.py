@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, HfArgumentParser
 
 from clsgen.journal import Journal
+from clsgen.run_record import describe_checkpoint
 from clsgen.table_files import check_ending, read_columns, read_rows, read_schema, write_rows
 
 logger = logging.getLogger("clsgen.predict_clsgen")
@@ -139,13 +140,10 @@ def check_columns(wanted: list[str], columns: list[str], added: list[str], argum
         raise ValueError(f"{arguments.input} has the column(s) {taken} already: choose another --prefix.")
 
 
-def describe_run(arguments: PredictArguments, free_to_change: set[str]) -> dict[str, Any]:
-    """What answers depend on besides the input: the options, and the checkpoint where it is a folder."""
-    run = {name: value for name, value in asdict(arguments).items() if name not in free_to_change}
-    config = Path(arguments.model) / "config.json"  # a Hub id is pinned by its revision
-    if config.exists():
-        run[config.name] = [config.stat().st_size, config.stat().st_mtime_ns]
-    return run
+def describe_asked(arguments: PredictArguments, free_to_change: set[str], config: Any) -> dict[str, Any]:
+    """What answers depend on besides the input: the options, and the checkpoint, whose `config` was loaded."""
+    options = {name: value for name, value in asdict(arguments).items() if name not in free_to_change}
+    return {**options, **describe_checkpoint(config)}
 
 
 def describe_counts(counts: Counter) -> str:
@@ -155,44 +153,64 @@ def describe_counts(counts: Counter) -> str:
 
 
 def predict_file(model: Any, arguments: PredictArguments) -> Counter:
-    """Answers the input file; goes on where a run that was ended left off. Returns counts of labels and errors."""
+    """Answers the input file; goes on where a run that was ended left off. Returns counts of labels and errors.
+
+    Raises:
+        OSError, ValueError: with what a person has to change.
+    """
     source, target = Path(arguments.input), Path(arguments.output)
     check_ending(target)
+    stamp = _stamp(source)
     added = answer_fields(arguments.prefix)
     wanted = columns_to_read(model.encoder.prompt.fields, arguments)
-    typed = read_schema(source) if target.suffix == ".parquet" else None
-    columns = read_columns(source) if typed is None else typed.names
-    check_columns(wanted, columns, [field.name for field in added], arguments)
-    run = describe_run(arguments, FREE_TO_CHANGE) | {source.name: [source.stat().st_size, source.stat().st_mtime_ns]}
-    journal_path = target.with_name(f".{target.name}.journal.jsonl")
-    if arguments.overwrite:
-        journal_path.unlink(missing_ok=True)
-    elif target.exists():
+    if target.suffix == ".parquet":
+        schema = read_schema(source)
+    else:
+        schema = pa.schema([(name, pa.string()) for name in read_columns(source)])
+    check_columns(wanted, schema.names, [field.name for field in added], arguments)
+    if target.exists() and not arguments.overwrite:
         raise FileExistsError(
             f"{target} is there already: name another --output, or replace it with --overwrite true."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(journal_path, run)
-    if journal.count:
-        logger.info("Going on after %d rows that %s holds.", journal.count, journal_path)
-    rows = islice(read_rows(source), journal.count, None)
-    chunk = 64 if arguments.explain else 1024
-    with tqdm(desc="Answering", unit="row", initial=journal.count) as progress:
-        while window := list(islice(rows, chunk)):
-            journal.append(answer_rows(model, window, journal.count + 1, arguments))
-            progress.update(len(window))
+    run = describe_asked(arguments, FREE_TO_CHANGE, model.config) | {source.name: stamp}
     counts = Counter()
-    blank = {} if target.suffix == ".jsonl" else dict.fromkeys(columns)  # JSON lines may lack some
+    blank = {} if target.suffix == ".jsonl" else dict.fromkeys(schema.names)  # JSON lines may lack some
+
+    def check_unchanged() -> None:
+        if _stamp(source) != stamp:
+            raise ValueError(f"{source} was changed while it was read. Run the command again with --overwrite true.")
 
     def joined() -> Iterator[dict[str, Any]]:
         for row, answer in zip(read_rows(source), journal, strict=True):
             error = answer[f"{arguments.prefix}error"]
             counts["errors" if error else answer[f"{arguments.prefix}label"]] += 1
             yield {**blank, **row, **answer}
+        check_unchanged()
 
-    write_rows(target, joined(), None if typed is None else pa.schema([*typed, *added]))
-    journal_path.unlink()
+    with Journal(target.with_name(f".{target.name}.journal.jsonl"), run, arguments.overwrite) as journal:
+        _answer_rest(model, read_rows(source), journal, arguments)
+        check_unchanged()
+        write_rows(target, joined(), pa.schema([*schema, *added]))
+        journal.remove()
     return counts
+
+
+def _answer_rest(model: Any, rows: Iterator[dict[str, Any]], journal: Journal, arguments: PredictArguments) -> None:
+    """Answers the rows that the journal lacks."""
+    journal.check_fits(sum(1 for _ in islice(rows, journal.count)))
+    if journal.count:
+        logger.info("Going on after %d rows that %s holds.", journal.count, journal.path)
+    chunk = 64 if arguments.explain else 1024
+    with tqdm(desc="Answering", unit="row", initial=journal.count) as progress:
+        while window := list(islice(rows, chunk)):
+            journal.append(answer_rows(model, window, journal.count + 1, arguments))
+            progress.update(len(window))
+
+
+def _stamp(file: Path) -> list[int]:
+    """What changes where a file does."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def talk(model: Any, arguments: PredictArguments) -> None:

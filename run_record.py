@@ -42,6 +42,21 @@ def peak_memory_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def describe_checkpoint(config: Any) -> dict[str, Any]:
+    """Which checkpoint gives the answers: a folder's files as they are now, or a Hub id with its commit.
+
+    Args:
+        config (`PreTrainedConfig`): As it was loaded.
+    """
+    folder = Path(config.name_or_path)
+    if not folder.is_dir():
+        return {"model": config.name_or_path, "commit": getattr(config, "_commit_hash", None)}
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".py"))
+    ignored = {"metrics.json"}  # written beside the weights, and no part of an answer
+    stats = {file.name: file.stat() for file in files if file.name not in ignored}
+    return {"model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
+
+
 def describe_run(script: str, argv: list[str]) -> dict[str, Any]:
     """Command, commit and versions, for a result file that somebody can make again."""
     commit = subprocess.run(

@@ -31,8 +31,8 @@ from clsgen.predict_clsgen import (
     answer_rows,
     check_columns,
     columns_to_read,
+    describe_asked,
     describe_counts,
-    describe_run,
 )
 from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.table_shards import Shard, TableFile, cut_table, list_files, open_location, read_shard
@@ -252,7 +252,10 @@ def score(arguments: ScoreArguments) -> Counter:
 
     files = list_files(arguments.input)
     schema, shards = cut_table(arguments.input, files, arguments.rows_per_part, check)
-    run = {**describe_run(arguments, FREE), "files": {file.name: [file.size, file.mtime_ns] for file in files}}
+    run = {
+        **describe_asked(arguments, FREE, config),
+        "files": {file.name: [file.size, file.mtime_ns] for file in files},
+    }
     output = PartFolder(arguments.output, run, len(shards))
     output.claim(arguments.overwrite)
     if output.missing():

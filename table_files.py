@@ -7,12 +7,14 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from clsgen.atomic_io import jsonable
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 _ROW_GROUP = 1024
@@ -143,8 +145,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema | N
 
     Args:
         path (`Path`): The file; its ending says the format.
-        rows (`Iterable[dict]`): All with the same keys.
-        schema (`pyarrow.Schema`, *optional*): For Parquet, which needs one.
+        rows (`Iterable[dict]`): All with the same keys. A number that is none becomes `null` in JSON lines.
+        schema (`pyarrow.Schema`, *optional*): For Parquet, which needs one, and the header of a CSV without rows.
     """
     ending = check_ending(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -153,24 +155,25 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema | N
             _write_parquet(temporary, iter(rows), schema)
         else:
             with temporary.open("w", encoding="utf-8", newline="") as file:
-                _write_csv(file, rows) if ending == ".csv" else _write_json(file, rows)
+                _write_csv(file, rows, schema) if ending == ".csv" else _write_json(file, rows)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write_csv(file: Any, rows: Iterable[dict[str, Any]]) -> None:
-    writer = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-        writer.writerow(row)
+def _write_csv(file: Any, rows: Iterable[dict[str, Any]], schema: pa.Schema | None) -> None:
+    rows = iter(rows)
+    first = list(islice(rows, 1))
+    names = list(first[0]) if first else schema.names if schema else []
+    if names:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(chain(first, rows))
 
 
 def _write_json(file: Any, rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        file.write(json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +16,10 @@ from pyarrow import fs
 from tqdm.auto import tqdm
 
 from clsgen.table_files import check_ending, csv_rows, json_rows, schema_of, unify
+
+logger = logging.getLogger(__name__)
+_BUFFER = 2**20  # bytes of a column that are held, in the place of a whole row group's
+_MOST_SHARDS_PER_ROW_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,12 @@ def _cut_parquet(
     with filesystem.open_input_file(file.path) as handle:
         parquet = _open_parquet(file, handle)
         rows, schema = parquet.metadata.num_rows, parquet.schema_arrow.remove_metadata()
+        largest = max((parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)), default=0)
+    if largest > _MOST_SHARDS_PER_ROW_GROUP * rows_per_shard:
+        logger.warning(
+            "%s: a row group holds %d rows, and each part of %d reads it from its start. Write the file with smaller "
+            "ones (`row_group_size` of pyarrow and pandas), or have larger parts.", file.name, largest, rows_per_shard,
+        )  # fmt: skip
     progress.update(file.size)
     return schema, [Shard(file, first, min(rows_per_shard, rows - first)) for first in range(0, rows, rows_per_shard)]
 
@@ -193,7 +204,7 @@ def _csv_header(filesystem: fs.FileSystem, file: TableFile) -> list[str]:
 
 def _open_parquet(file: TableFile, handle: pa.NativeFile) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(handle)
+        return pq.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER)
     except pa.ArrowException as error:
         raise ValueError(f"{file.name} is not Parquet: {error}") from error
 

@@ -8,7 +8,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +40,11 @@ class _Source:
     origin: str
     columns: list[str]
     rows: Iterable[tuple[str, dict[str, Any]]]
+    features: dict[str, Any] = field(default_factory=dict)  # where the data set says what its columns hold
+
+    @classmethod
+    def of(cls, split: str, origin: str, table: Dataset) -> "_Source":
+        return cls(split, origin, table.column_names, _placed(table), table.features)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ def load_task(
     splits, seen, columns = DatasetDict(), {}, set()
     for source in _load_raw(folder, spec):
         columns.update(source.columns)
+        _check_label_names(source, spec, log)
         splits[source.split], skipped = _normalise(source, spec, seen, on_bad_row)
         for problem, count in skipped.items():
             log.warning("%s: skipped %d row(s): %s", source.origin, count, problem)
@@ -309,7 +315,7 @@ def _load_raw(folder: Path, spec: dict[str, Any]) -> Iterator[_Source]:
             raise ValueError(f"The data set {spec['dataset']} has no train split, only {list(loaded)}.")
         for split in SPLITS:
             if split in loaded:
-                yield _Source(split, f"{spec['dataset']}/{split}", loaded[split].column_names, _placed(loaded[split]))
+                yield _Source.of(split, f"{spec['dataset']}/{split}", loaded[split])
         return
     for split in SPLITS:
         if split in spec["data_files"]:
@@ -325,8 +331,7 @@ def _placed(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 def _load_file(path: Path, split: str) -> _Source:
     if path.suffix == ".parquet":
-        table = load_dataset("parquet", data_files=str(path), split="train")
-        return _Source(split, str(path), table.column_names, _placed(table))
+        return _Source.of(split, str(path), load_dataset("parquet", data_files=str(path), split="train"))
     rows = _read_csv(path) if path.suffix == ".csv" else _read_json(path)
     if not rows:
         raise ValueError(f"{path} holds no rows.")
@@ -411,6 +416,24 @@ def _normalise(
         raise ValueError(f"{source.origin}: no usable rows in the {source.split} split; skipped: {dict(skipped)}.")
     types = {"id": "string", **dict.fromkeys(prompt.fields, "string"), "label": "float64", "explanation": "string"}
     return Dataset.from_list(good, features=Features({name: Value(kind) for name, kind in types.items()})), skipped
+
+
+def _check_label_names(source: _Source, spec: dict[str, Any], log: logging.Logger) -> None:
+    """Raises where the data set's own names say that its 0 is the task's 1; warns of names that the task has not."""
+    names = getattr(source.features.get(_column_names(spec)["label"]), "names", None)
+    found, known = _folded(names or ()), [_folded(spec["labels"]), _folded(spec["verdicts"])]
+    if names is None or found in known:
+        return
+    if found[::-1] in known:
+        raise ValueError(
+            f"{source.origin}: the data set calls label 0 {names[0]!r} and label 1 {names[1]!r}; task.yaml has them "
+            f"the other way round: `labels` {spec['labels']}, `verdicts` {spec['verdicts']}."
+        )
+    log.warning("%s: the data set calls its labels %s, task.yaml %s.", source.origin, names, spec["labels"])
+
+
+def _folded(names: Iterable[str]) -> list[str]:
+    return [name.lower().replace("_", " ").replace("-", " ").strip() for name in names]
 
 
 def _checked(row: dict[str, Any], prompt: TaskPrompt, names: dict[str, str]) -> dict[str, Any]:

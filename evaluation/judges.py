@@ -12,7 +12,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -232,22 +234,22 @@ class OpenAIJudge(Judge):
         self._model = model
         self._workers = workers
         self._answers: dict[str, float | None] = {}
-        self._journal = None
+        self._open_journal = nullcontext
         if folder is not None:
             asked = json.dumps([self.name, base_url, self._instruction])  # an address may hold a password
             digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
-            folder.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(folder / f"judge-{digest}.jsonl", {"judge": self.name, "asked": digest})
-            self._answers = {line["explanation"]: line["answer"] for line in self._journal}
+            about = {"judge": self.name, "asked": digest}
+            self._open_journal = partial(Journal, folder / f"judge-{digest}.jsonl", about)
 
     def probabilities(self, texts: list[str]) -> list[float | None]:
-        new = [text for text in dict.fromkeys(texts) if text not in self._answers]
-        with ThreadPoolExecutor(self._workers) as pool:
+        with self._open_journal() as journal, ThreadPoolExecutor(self._workers) as pool:
+            self._answers |= {line["explanation"]: line["answer"] for line in journal or ()}
+            new = [text for text in dict.fromkeys(texts) if text not in self._answers]
             answers = tqdm(pool.map(self._ask, new), total=len(new), desc=f"Judging by {self._model}")
             for text, answer in zip(new, answers, strict=True):
                 self._answers[text] = answer
-                if self._journal is not None:
-                    self._journal.append([{"explanation": text, "answer": answer}])
+                if journal is not None:
+                    journal.append([{"explanation": text, "answer": answer}])
         return [self._answers[text] for text in texts]
 
     @property

@@ -15,6 +15,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from clsgen.journal import Journal
+from clsgen.run_record import describe_checkpoint
 from clsgen.table_files import read_rows
 from clsgen.tasks import Task
 
@@ -122,13 +123,25 @@ def predict(
 
     Raises:
         ValueError: for a text that the model can't answer, by its id; for answers of another run in `folder`.
+        BlockingIOError: where another run is writing them.
     """
     name = re.sub(r"[^\w.-]", "_", rows.name)
     path = folder / f"{name}-{mode}.jsonl"
-    if overwrite:
-        path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(path, asked_of(model, rows, mode, max_new_tokens))
+    with Journal(path, asked_of(model, rows, mode, max_new_tokens), overwrite) as journal:
+        journal.check_fits(len(rows.ids))
+        _answer(model, rows, mode, journal, batch_size, max_new_tokens)
+        answers = pd.DataFrame(list(journal), columns=list(ANSWER))
+    answers.insert(0, "id", rows.ids)
+    answers.insert(1, "mode", mode)
+    answers.insert(2, "gold", rows.gold)
+    answers.insert(5, "predicted", (answers["probability"] >= model.config.threshold).astype(int))
+    return answers
+
+
+def _answer(
+    model: Any, rows: LabelledTexts, mode: str, journal: Journal, batch_size: int | None, max_new_tokens: int | None
+) -> None:
+    """Asks about the rows that the journal lacks."""
     for row_id, text in zip(rows.ids[journal.count :], rows.texts[journal.count :], strict=True):
         try:
             model.encoder.encode(text)
@@ -152,26 +165,12 @@ def predict(
                 raise ValueError(f"{rows.name}, row(s) {broken}: {error}") from error
             journal.append([{name: getattr(answer, name) for name in ANSWER} for answer in predictions])
             progress.update(len(window))
-    answers = pd.DataFrame(list(journal), columns=list(ANSWER))
-    answers.insert(0, "id", rows.ids)
-    answers.insert(1, "mode", mode)
-    answers.insert(2, "gold", rows.gold)
-    answers.insert(5, "predicted", (answers["probability"] >= model.config.threshold).astype(int))
-    return answers
 
 
 def asked_of(model: Any, rows: LabelledTexts, mode: str, max_new_tokens: int | None) -> dict[str, Any]:
-    """What answers depend on: a folder's files, or a Hub id with its commit; the rows; how they are asked."""
-    folder = Path(model.config.name_or_path)
-    if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".py"))
-        ignored = {"metrics.json"}  # written beside the weights, and no part of an answer
-        stats = {file.name: file.stat() for file in files if file.name not in ignored}
-        identity = {"model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
-    else:
-        identity = {"model": str(folder), "commit": getattr(model.config, "_commit_hash", None)}
+    """What answers depend on: the checkpoint, the rows, how they are asked."""
     digest = hashlib.sha256(json.dumps([rows.ids, rows.texts, rows.gold]).encode()).hexdigest()
-    found = {**identity, "rows": digest, "mode": mode, "max_new_tokens": max_new_tokens}
+    found = {**describe_checkpoint(model.config), "rows": digest, "mode": mode, "max_new_tokens": max_new_tokens}
     if mode != "none":
         found["guidance_scale"] = getattr(model.config, "explanation_guidance_scale", 1.0)
     return found

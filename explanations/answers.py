@@ -5,14 +5,13 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from clsgen.explanations.protocols import Answer, Asker, UnusableAnswerError
-from clsgen.explanations.teacher import TRUNCATED, Messages, Reply, Teacher, TeacherArguments
+from clsgen.explanations.teacher import TRUNCATED, Messages, RefusedRowError, Reply, Teacher, TeacherArguments
 from clsgen.journal import Journal
 
 _FORMAT = {"format": "clsgen teacher answers", "version": 1}
@@ -37,21 +36,17 @@ class AnswerStore:
         path (`Path`): The file.
 
     Raises:
-        ValueError: Another process has it open, or it is another kind of file.
+        BlockingIOError: Another process has it open.
+        ValueError: It is another kind of file.
     """
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(f"{path}.lock")
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{path} is in use by another run: wait for it, or name another --output_dir.") from None
-        try:
-            self._journal = Journal(path, _FORMAT)
-            self._replies = {line["key"]: Reply(**line["reply"]) for line in self._journal}
+            with ExitStack() as opened:
+                self._journal = opened.enter_context(Journal(path, _FORMAT))
+                self._replies = {line["key"]: Reply(**line["reply"]) for line in self._journal}
+                opened.pop_all()
         except (KeyError, TypeError, ValueError) as error:
-            self.close()
             raise ValueError(f"{path} is no file of teacher answers ({error}): move it away.") from error
 
     def __len__(self) -> int:
@@ -68,7 +63,7 @@ class AnswerStore:
 
     def close(self) -> None:
         """Lets another process write."""
-        self._lock.release()
+        self._journal.close()
 
 
 def request_key(arguments: TeacherArguments, messages: Messages, schema: dict[str, Any], max_tokens: int) -> str:
@@ -88,7 +83,7 @@ class CachedTeacher:
         arguments (`TeacherArguments`): Parameters of its answers.
         asker (`Asker`): What to ask.
         store (`AnswerStore`): What was answered.
-        on_reply (`Callable`, *optional*): Called with each new reply.
+        on_reply (`Callable`, *optional*): Called once with each reply that is used, new or known.
     """
 
     def __init__(
@@ -101,15 +96,18 @@ class CachedTeacher:
     ):
         self.teacher, self.arguments, self.asker, self.store = teacher, arguments, asker, store
         self._on_reply = on_reply
+        self._used: set[str] = set()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def ask(self, row: dict[str, Any], protocol: str) -> Outcome:
-        """Asks about a row, at most `1 + max_reasks` times; raises as [`Teacher.ask`] does."""
+        """Asks about a row, at most `1 + max_reasks` times; raises as [`Teacher.ask`] does for more than this row."""
         messages, max_tokens = self.asker.messages(row, protocol), self.arguments.max_tokens
         for attempt in range(1 + self.arguments.max_reasks):
-            reply = await self._reply(row, protocol, attempt, messages, max_tokens)
             try:
+                reply = await self._reply(row, protocol, attempt, messages, max_tokens)
                 return Outcome(self.asker.read(reply, protocol))
+            except RefusedRowError as error:
+                return Outcome(None, error.reason, str(error))
             except UnusableAnswerError as error:
                 problem = error
             if reply.finish_reason not in ("stop", TRUNCATED) or reply.refusal:
@@ -128,6 +126,8 @@ class CachedTeacher:
             if reply is None:
                 reply = await self.teacher.ask(messages, schema, max_tokens)
                 self.store.add(key, reply, row=row["id"], protocol=protocol, attempt=attempt)
+            if key not in self._used:
+                self._used.add(key)
                 self._on_reply(reply)
         return reply
 

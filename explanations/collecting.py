@@ -80,7 +80,7 @@ class _Meter:
 
     @property
     def cost(self) -> float:
-        """US dollars of this run's new replies."""
+        """US dollars of the replies."""
         return self._arguments.cost(self.tokens["prompt"], self.tokens["completion"])
 
 
@@ -116,7 +116,7 @@ async def collect(
         allow_constant_teacher (`bool`): Go on with a teacher whose first verdicts are all the same.
 
     Returns:
-        What came of each row, by its id, and the tokens and the cost of this run's replies.
+        What came of each row, by its id, and the tokens and the cost of all replies, of earlier runs too.
 
     Raises:
         TeacherError: The teacher cannot be asked. What it has answered is kept.

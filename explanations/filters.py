@@ -15,16 +15,19 @@ from clsgen.explanations.verdicts import verdict_disagreement
 
 _WORD = re.compile(r"\w+(?:[.,'\u2019-]\w+)*")
 _LEAKS = re.compile(
-    r"\b(?:gold|ground[- ]truth|true|correct|given|provided|assigned|stated|expected)[- ](?:label|answer|verdict)\b"
+    r"\b(?:gold|ground[- ]truth|true|correct|given|provided|assigned|stated|expected)[- ]"
+    r"(?:label|verdict|answer(?![- ](?:rate|score|count|percentage|proportion|frequency)))\b"
     r"|(?<![-\w])(?:the|its|this) label (?:is|was|says|of|indicates|given)\b"
-    r"|\blabel(?:l?ed)? (?:as )?(?:0|1|true|false)\b"
-    r"|\b(?:option|choice) [AB01]\b|\banswer:|\bverdict:|\bprobability (?:of|is|=|:) ?(?:0?\.\d|1\.0\b|\d+ ?%) that\b",
+    r"|(?<![-\w])(?<!open )label(?:l?ed)? (?:as )?(?:0|1|true|false)\b(?![:.,/]?\d)"
+    r"|\b(?<!of )(?:option|choice) (?-i:[ABb]\b|[01]\b(?![:.,/]?\d| (?:day|week|month|year)))"
+    r"|\banswer:|\bverdict:|\bprobability (?:of|is|=|:) ?(?:0?\.\d|1\.0\b|\d+ ?%) that\b",
     re.IGNORECASE,
 )
 _REFUSAL = re.compile(
     r"^\W*(?:i['\u2019]?m sorry|i am sorry|sorry,|i apologi[sz]e|as an ai\b|as a (?:large )?language model)"
     r"|\b(?:i|we) (?:cannot|can['\u2019]?t|am unable to|am not able to|will not|won['\u2019]?t) "
-    r"(?:assist|help|comply|fulfil|provide (?:medical|an answer|an explanation)|answer (?:this|that|the)|give medical)"
+    r"(?:assist|help(?! but\b)|comply|fulfil|provide (?:medical|an answer|an explanation)|give medical"
+    r"|answer (?:this|that|the)\b(?! question (?:of|whether|about)\b))"
     r"|\bas an ai (?:language )?model\b",
     re.IGNORECASE,
 )
@@ -51,7 +54,7 @@ class Candidate:
 
     Args:
         explanation (`str`): The words.
-        text (`str`): The text that it explains, as the prompt shows it, with the question.
+        text (`str`): The text that it explains, as the prompt shows it, with the question and both verdicts.
         label (`int`, *optional*): The gold label, where there is one.
         verdict (`int`, *optional*): The teacher's own, given without the label; `None` where the label was given.
         label_names (`tuple[str, ...]`): How the data call the labels.

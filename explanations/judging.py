@@ -108,7 +108,7 @@ def _judge_row(
         judged.findings.append(Finding(UNSUPPORTED, "told the label, the teacher finds no ground for it in the text"))
     candidate = Candidate(
         judged.explanation,
-        f"{task.text_of(row)}\n{task.prompt['question']}",
+        f"{task.text_of(row)}\n{task.asked}",
         label=int(row["label"]),
         verdict=outcome.answer.verdict,
         label_names=task.labels,
@@ -159,7 +159,7 @@ def check_floor(ledger: dict[str, dict[str, dict[str, Any]]], labels: tuple[str,
             raise ValueError(
                 f"Only {kept} explanation(s) of {label!r} are kept in the training split, fewer than "
                 f"--min_kept_per_class {least}. Rejected: {counts['rejected']}; not asked: {counts['not_asked']}. See "
-                "the report; a better teacher, other filters or a lower floor would help."
+                "failed_report.json; a better teacher, other filters or a lower floor would help."
             )
 
 

@@ -8,7 +8,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from clsgen.backbones import resolve_backbone
-from clsgen.explanations.teacher import TOO_LONG, TRUNCATED, Messages, Reply, TeacherArguments, TeacherError
+from clsgen.explanations.teacher import (
+    TOO_LONG,
+    TRUNCATED,
+    Messages,
+    RefusedRowError,
+    Reply,
+    TeacherArguments,
+    TeacherError,
+)
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
 
 # Private-use characters mark where contents go, so that no text becomes a control token.
@@ -49,7 +57,7 @@ class LocalTeacher:
         ids = self._encode(messages)
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and len(ids) + max_tokens > longest:
-            return Reply("", TOO_LONG)
+            raise RefusedRowError(TOO_LONG)
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append((ids, max_tokens, future))
         async with self._generating:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from clsgen.explanations.teacher import TRUNCATED, Messages, Reply
+from clsgen.explanations.verdicts import contradict
 from clsgen.tasks import Task
 
 BLIND, LABEL_CONDITIONED = "blind", "label_conditioned"
@@ -156,7 +157,7 @@ class Asker:
         if protocol == LABEL_CONDITIONED:
             return Answer(values.explanation, supported_by_text=values.supported_by_text)
         verdict = [word.lower() for word in self.verdicts].index(values.verdict)
-        if values.probability != 0.5 and (values.probability > 0.5) != bool(verdict):
+        if contradict(verdict, values.probability):
             raise UnusableAnswerError(
                 "malformed", f"verdict and probability contradict each other; it is that of {self.verdicts[1]!r}."
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 from clsgen.explanations.answers import Outcome
 from clsgen.explanations.collecting import Collected
 from clsgen.explanations.protocols import Answer
-from clsgen.explanations.verdicts import parse_verdict
+from clsgen.explanations.verdicts import contradict, parse_verdict
 from clsgen.table_files import read_rows
 from clsgen.tasks import Task
 
@@ -42,6 +42,8 @@ def read_recorded(path: Path, task: Task, id_template: str = "{id}") -> dict[str
             raise ValueError(f"{path}, row {number}: there is an answer about {row_id!r} already.")
         if not isinstance(explanation, str) or not explanation.strip():
             found[row_id] = Collected(Outcome(None, "malformed", "the explanation is empty"))
+        elif contradict(verdict, probability):
+            found[row_id] = Collected(Outcome(None, "malformed", "verdict and probability contradict each other"))
         else:
             found[row_id] = Collected(Outcome(Answer(explanation.strip(), verdict, probability)))
     unused = set(found) - {row_id for split in task.splits.values() for row_id in split["id"]}

@@ -14,10 +14,15 @@ import openai
 from aiolimiter import AsyncLimiter
 
 from clsgen.loopback import is_loopback
+from clsgen.run_record import without_secrets
 
 logger = logging.getLogger(__name__)
 Messages = list[dict[str, str]]
 TRUNCATED, CONTENT_FILTER, TOO_LONG = "length", "content_filter", "too_long"
+_REFUSED = {
+    CONTENT_FILTER: "the endpoint's content filter refuses the text",
+    TOO_LONG: "the text does not fit into the teacher",
+}
 _ECHO_CHARACTERS = 20
 _MOST_CONSECUTIVE_FAILURES = 3
 
@@ -30,14 +35,22 @@ class NoReplyError(RuntimeError):
     """The teacher failed on one row, for reasons that may pass."""
 
 
+class RefusedRowError(RuntimeError):
+    """The teacher does not take one row's text; `reason` is its name in the ledger. That is no answer, and not kept:
+    the same server may take the text another day, by a larger context or another filter."""
+
+    def __init__(self, reason: str):
+        super().__init__(_REFUSED[reason])
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Reply:
     """One answer of a teacher.
 
     Args:
         content (`str`): Its words, without reasoning.
-        finish_reason (`str`): `"stop"`, or why there is no whole answer: `"length"`, `"content_filter"`, `"too_long"`
-            (the text does not fit into the teacher).
+        finish_reason (`str`): `"stop"`, or why there is no whole answer: `"length"`, `"content_filter"`.
         refusal (`str`, *optional*): The teacher's own word that it refuses.
         prompt_tokens, completion_tokens (`int`): As counted by the endpoint; reasoning is in the second.
     """
@@ -53,7 +66,7 @@ class Teacher(Protocol):
     """What [`build`] asks."""
 
     async def ask(self, messages: Messages, schema: dict[str, Any], max_tokens: int) -> Reply:
-        """Answers one conversation; raises [`NoReplyError`] or [`TeacherError`]."""
+        """Answers one conversation; raises [`NoReplyError`], [`RefusedRowError`] or [`TeacherError`]."""
 
 
 @dataclass
@@ -121,18 +134,18 @@ class EndpointTeacher:
             raise TeacherError("Name the teacher with --model.")
         base_url = arguments.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         if not base_url.startswith(("http://", "https://")):
-            raise TeacherError(f"`base_url` starts with http:// or https://, got {base_url!r}.")
-        loopback = is_loopback(base_url)
+            raise TeacherError(f"`base_url` starts with http:// or https://, got {without_secrets(base_url)!r}.")
+        loopback, told_url = is_loopback(base_url), without_secrets(base_url)
         if loopback_only and not loopback:
             raise TeacherError(
-                f"These data are credentialed: they must not leave this machine, and {base_url} is not on it. Use a "
+                f"These data are credentialed: they must not leave this machine, and {told_url} is not on it. Use a "
                 "teacher on loopback or `--teacher local`; where you have the right to send them, say so with "
                 "`--credentialed_data_may_leave true`."
             )
         key = os.environ.get(arguments.api_key_env) or ("none" if loopback else None)
         if key is None:
             raise TeacherError(f"There is no key in the environment variable {arguments.api_key_env}: export it.")
-        self.arguments, self.base_url, self._key = arguments, base_url, key
+        self.arguments, self._told_url, self._key = arguments, told_url, key
         self._limiter = AsyncLimiter(arguments.requests_per_minute, 60) if arguments.requests_per_minute else None
         # A proxy from the environment would carry what is meant for loopback elsewhere.
         http_client = openai.DefaultAsyncHttpx2Client(trust_env=not loopback, follow_redirects=not loopback_only)
@@ -148,15 +161,17 @@ class EndpointTeacher:
     async def ask(self, messages: Messages, schema: dict[str, Any], max_tokens: int) -> Reply:
         async with self._limiter or contextlib.nullcontext():
             while True:
+                request = self._request(schema, max_tokens)
                 try:
                     completion = await self._client.chat.completions.create(
-                        model=self.arguments.model, messages=messages, **self._request(schema, max_tokens)
+                        model=self.arguments.model, messages=messages, **request
                     )
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                    reply = self._row_problem(error)
-                    if reply is not None:
-                        return reply
-                    if not self._adapt(error):
+                    reason = self._row_problem(error)
+                    if reason is not None:
+                        raise RefusedRowError(reason) from None
+                    # What this request was refused for, another one may have been told meanwhile.
+                    if request == self._request(schema, max_tokens) and not self._adapt(error):
                         raise TeacherError(self._told(error, messages)) from None
                 except openai.OpenAIError as error:
                     raise self._failure(error, messages) from None
@@ -172,13 +187,13 @@ class EndpointTeacher:
         return request
 
     @staticmethod
-    def _row_problem(error: openai.APIStatusError) -> Reply | None:
-        """An error that lies in the text, and will not pass: it counts as the answer."""
+    def _row_problem(error: openai.APIStatusError) -> str | None:
+        """By name, an error that lies in the text; `None` for any other."""
         said = f"{error.code} {error.message}".lower()
         if "content_filter" in said or "content management policy" in said:
-            return Reply("", CONTENT_FILTER)
+            return CONTENT_FILTER
         if "context_length" in said or "context length" in said or "maximum context" in said:
-            return Reply("", TOO_LONG)
+            return TOO_LONG
         return None
 
     def _adapt(self, error: openai.APIStatusError) -> bool:
@@ -203,32 +218,34 @@ class EndpointTeacher:
         retries = self.arguments.max_retries
         if isinstance(error, openai.RateLimitError):
             return TeacherError(
-                f"{self.base_url} still answers 429 (too many requests; code {error.code}) after {retries} further "
+                f"{self._told_url} still answers 429 (too many requests; code {error.code}) after {retries} further "
                 "tries with back-off. Lower --concurrency or --requests_per_minute, or see whether the quota is used "
                 "up; the same command then goes on from here."
             )
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return TeacherError(
-                f"{self.base_url} refuses the key (status {error.status_code}). Put a valid one into the environment "
+                f"{self._told_url} refuses the key (status {error.status_code}). Put a valid one into the environment "
                 f"variable {self.arguments.api_key_env}."
             )
         if isinstance(error, openai.NotFoundError):
             return TeacherError(
-                f"{self.base_url} knows no chat endpoint, or no model {self.arguments.model!r} (status 404). A base "
+                f"{self._told_url} knows no chat endpoint, or no model {self.arguments.model!r} (status 404). A base "
                 "URL mostly ends in /v1."
             )
-        if isinstance(error, openai.InternalServerError):
+        if isinstance(error, openai.InternalServerError | openai.APITimeoutError):
+            status = getattr(error, "status_code", None)
+            kind = f"status {status}" if status else f"no answer in {self.arguments.timeout:g} seconds"
             self._consecutive_failures += 1
             if self._consecutive_failures < _MOST_CONSECUTIVE_FAILURES:
-                return NoReplyError(f"status {error.status_code} after {retries} further tries")
+                return NoReplyError(f"{kind} after {retries} further tries")
             return TeacherError(
-                f"{self.base_url} fails (status {error.status_code}) on {self._consecutive_failures} rows in a row, "
-                f"after {retries} further tries each. Look at its log; the same command then goes on from here."
+                f"{self._told_url} fails ({kind}) on {self._consecutive_failures} rows in a row, after {retries} "
+                "further tries each. Look at its log; the same command then goes on from here."
             )
         if isinstance(error, openai.APIConnectionError):
-            kind = "does not answer in time" if isinstance(error, openai.APITimeoutError) else "cannot be reached"
             return TeacherError(
-                f"{self.base_url} {kind} ({retries} further tries). Is it up? The same command goes on from here."
+                f"{self._told_url} cannot be reached ({retries} further tries). Is it up? The same command goes on "
+                "from here."
             )
         return TeacherError(self._told(error, messages))
 
@@ -240,7 +257,7 @@ class EndpointTeacher:
         sent = " ".join(" ".join(message["content"].split()) for message in messages)
         if self._key in words or any(len(piece) == _ECHO_CHARACTERS and piece in sent for piece in pieces):
             words = "its message repeats what was sent, and is left out here"
-        return f"{self.base_url} refuses the request (status {status}, {type(error).__name__}): {words}"
+        return f"{self._told_url} refuses the request (status {status}, {type(error).__name__}): {words}"
 
     async def aclose(self) -> None:
         """Closes the connections."""

@@ -22,6 +22,11 @@ def parse_verdict(value: Any, names: tuple[tuple[str, str], ...] = ()) -> int:
     return found
 
 
+def contradict(verdict: int, probability: float) -> bool:
+    """Whether a verdict and the probability of label 1 are on two sides of one half."""
+    return probability != 0.5 and (probability > 0.5) != bool(verdict)
+
+
 def verdict_disagreement(label: int | None, verdict: int | None) -> str | None:
     """Why a blind verdict does not fit the gold label; `None` where it does, or where one of them is missing."""
     if label is None or verdict is None or label == verdict:

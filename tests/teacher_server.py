@@ -1,5 +1,6 @@
 """A teacher behind an OpenAI-compatible server on loopback, which behaves as a test tells it to."""
 
+import inspect
 import json
 import socket
 import threading
@@ -61,6 +62,7 @@ class TeacherServer:
             self.bodies.append(body)
             self.headers.append(dict(request.headers))
             found = self.behave(body)
+            found = await found if inspect.isawaitable(found) else found
             return found if isinstance(found, JSONResponse) else completion(found)
 
         with socket.socket() as probe:

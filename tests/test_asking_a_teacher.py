@@ -1,5 +1,6 @@
 """A teacher over real HTTP on loopback: how it is asked, and what becomes of a teacher or a run that fails."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -82,6 +83,12 @@ def test_an_endpoint_that_is_down(build_with_teacher, teacher):
         build_with_teacher(teacher={"base_url": f"http://127.0.0.1:{port}/v1", "max_retries": 0})
 
 
+def test_an_error_shows_no_password_of_the_address(build_with_teacher, teacher):
+    teacher.behave = lambda body: failure(404)
+    with pytest.raises(TeacherError, match=r"http://\.\.\.@127\.0\.0\.1:\d+/v1 knows no chat endpoint"):
+        build_with_teacher(teacher={"base_url": teacher.url.replace("//", "//me:secret@")})
+
+
 def test_a_storm_of_refusals_passes(build_with_teacher, teacher):
     storm = iter([failure(429), failure(503)] * 3)
     teacher.behave = lambda body: next(storm, None) or sound(body)
@@ -98,6 +105,33 @@ def test_a_row_that_fails_for_now_is_asked_alone_next_time(build_with_teacher, t
     teacher.behave, teacher.bodies = sound, []
     assert rejected(build_with_teacher())["good"] == {"unsupported_by_text": 1}
     assert teacher.asked() == {5: 1}
+
+
+def test_a_row_that_never_ends_is_one_row(build_with_teacher, teacher):
+    async def slow(body):
+        await asyncio.sleep(3)
+        return sound(body)
+
+    teacher.behave = lambda body: slow(body) if number_of(body) in (1, 5, 7) else sound(body)
+    asked = {"timeout": 0.5, "max_retries": 0, "concurrency": 1}
+    report = build_with_teacher(teacher=asked, allow_unanswered=True)
+    assert rejected(report)["good"]["unanswered"] == 3
+    teacher.behave = slow
+    with pytest.raises(TeacherError, match=r"no answer in 0\.5 seconds\) on 3 rows in a row"):
+        build_with_teacher(teacher={**asked, "temperature": 0.5})
+
+
+def test_a_text_that_a_server_does_not_take_is_asked_about_in_the_next_run(build_with_teacher, teacher):
+    behaviour = {
+        2: lambda: failure(400, "blocked", code="content_filter"),
+        4: lambda: failure(400, "This model's maximum context length is 10 tokens"),
+        6: lambda: completion("", "content_filter"),
+    }
+    teacher.behave = lambda body: behaviour.get(number_of(body), lambda: sound(body))()
+    assert rejected(build_with_teacher())["bad"] == {"content_filter": 2, "too_long": 1}
+    teacher.behave, teacher.bodies = sound, []
+    assert rejected(build_with_teacher())["bad"] == {"content_filter": 1}
+    assert teacher.asked() == {2: 1, 4: 1}
 
 
 def test_a_cut_answer_is_asked_for_again_with_more_room(build_with_teacher, teacher):
@@ -154,7 +188,8 @@ def test_a_thought_that_never_ends_is_no_answer(build_with_teacher, teacher):
     assert rejected(build_with_teacher(min_kept_per_class=0))["bad"] == {"malformed": 6}
 
 
-def test_options_that_an_endpoint_does_not_take_are_left_out(build_with_teacher, teacher):
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_options_that_an_endpoint_does_not_take_are_left_out(build_with_teacher, teacher, concurrency):
     def picky(body):
         if "response_format" in body:
             return failure(400, "response_format is not supported")
@@ -163,7 +198,7 @@ def test_options_that_an_endpoint_does_not_take_are_left_out(build_with_teacher,
         return failure(400, "unsupported", param="temperature") if "temperature" in body else sound(body)
 
     teacher.behave = picky
-    assert build_with_teacher(teacher={"concurrency": 1})["ledger"]["train"]["bad"]["kept"] == 6
+    assert build_with_teacher(teacher={"concurrency": concurrency})["ledger"]["train"]["bad"]["kept"] == 6
     assert "max_completion_tokens" in teacher.bodies[-1]
 
 
@@ -230,7 +265,7 @@ def test_two_runs_at_a_time_are_refused(build_with_teacher, tmp_path):
     from clsgen.explanations.answers import AnswerStore
 
     store = AnswerStore(tmp_path / "built" / ANSWERS)
-    with pytest.raises(ValueError, match="in use by another run"):
+    with pytest.raises(BlockingIOError, match="in use by another run"):
         build_with_teacher()
     store.close()
     build_with_teacher()

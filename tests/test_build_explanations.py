@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 from datasets import load_dataset
@@ -65,12 +66,49 @@ def test_a_disagreeing_row_is_explained_with_its_label_and_marked(build_with_tea
     assert report["ledger"]["train"]["good"]["kept_label_conditioned"] == 1
 
 
-def test_a_class_below_the_floor_fails_the_build_and_leaves_the_report(build_with_teacher, teacher, tmp_path):
+def test_a_class_below_the_floor_fails_the_build_and_leaves_a_report(build_with_teacher, teacher, tmp_path):
     teacher.behave = lambda body: answer("good", words=str(number_of(body)))
     with pytest.raises(ValueError, match=r"Only 0 explanation\(s\) of 'bad' are kept .*'verdict_agreement': 6"):
         build_with_teacher(protocol="blind")
-    assert json.loads((tmp_path / "built" / "report.json").read_text())["ledger"]["train"]["bad"]["kept"] == 0
+    failed = tmp_path / "built" / "failed_report.json"
+    assert json.loads(failed.read_text())["ledger"]["train"]["bad"]["kept"] == 0
     assert not (tmp_path / "built" / "train.parquet").exists()
+    teacher.behave = sound
+    build_with_teacher(teacher={"temperature": 0.5})
+    assert not failed.exists()
+
+
+def test_a_build_that_fails_leaves_an_earlier_one_as_it_was(build_with_teacher, tmp_path):
+    build_with_teacher()
+    before = {path: path.read_bytes() for path in (tmp_path / "built").iterdir()}
+    with pytest.raises(ValueError, match=r"Rejected: \{'length': 6\}.*failed_report\.json"):
+        build_with_teacher(filters={"min_words": 100})
+    after = {path: path.read_bytes() for path in (tmp_path / "built").iterdir()}
+    assert {path.name for path in set(after) - set(before)} == {"failed_report.json"}
+    assert after | before == after
+
+
+def test_the_report_says_what_all_its_answers_took(build_with_teacher, teacher):
+    prices = {"input_price": 1000.0, "output_price": 1000.0}
+    first, again = build_with_teacher(teacher=prices), build_with_teacher(teacher=prices)
+    assert first["usage"] == {"prompt": 1700, "completion": 170, "replies": 17, "cost_usd": 1.87}
+    assert again["usage"] == first["usage"]
+    assert len(teacher.bodies) == 17
+
+
+def test_a_task_is_not_built_over_its_own_source(build_with_teacher, tmp_path):
+    build_with_teacher()
+    before = (tmp_path / "built" / "train.parquet").read_bytes()
+    with pytest.raises(ValueError, match="is the source itself"):
+        build_with_teacher(tmp_path / "built" / ".." / "built")
+    assert (tmp_path / "built" / "train.parquet").read_bytes() == before
+
+
+def test_a_number_of_the_verdicts_is_no_invention(build_with_teacher, teacher, source_task):
+    source = source_task(verdicts=["not good", "good within 42 days"])
+    teacher.behave = lambda body: answer("good", words=str(number_of(body))).replace("good", "good within 42 days")
+    report = build_with_teacher(source, protocol="blind", min_kept_per_class=0)
+    assert rejected(report) == {"bad": {"verdict_agreement": 6}, "good": {}}
 
 
 @pytest.mark.parametrize(
@@ -175,6 +213,10 @@ def test_answers_from_a_file(source_task, tmp_path):
     asked = Build(task=str(source_task()), output_dir=str(tmp_path / "built"), answers=str(path), answers_id="r{n}")
     report = build(asked, TeacherArguments(), FilterArguments(near_duplicate_similarity=0.95))
     assert report["teacher_quality"]["train"]["auroc"] == 1.0
+    path.write_text("\n".join(map(json.dumps, [{**lines[0], "teacher_probability": 0.8}, *lines[1:]])))
+    assert rejected(build(asked, TeacherArguments(), FilterArguments(near_duplicate_similarity=0.95)))["bad"] == {
+        "malformed": 1
+    }
     for change, message in (({"teacher_verdict": "perhaps"}, "The verdict is 'perhaps'"),
                             ({"teacher_probability": 2}, "not between 0 and 1"), ({"n": 1}, "already")):  # fmt: skip
         path.write_text("\n".join(map(json.dumps, [*lines[:2], {**lines[2], **change}])))
@@ -199,7 +241,8 @@ def test_hand_checked_rows_give_each_filters_errors(build_with_teacher, teacher,
 def test_the_command_line_tells_errors_in_one_line(source_task, tmp_path, caplog):
     with caplog.at_level(logging.ERROR):
         assert main(["--task", str(source_task()), "--output_dir", str(tmp_path / "o"), "--filters", "odd"]) == 1
-        assert main(["--task", str(source_task()), "--output_dir", str(source_task()), "--model", "m"]) == 1
+        other = str(shutil.copytree(source_task(), tmp_path / "other"))
+        assert main(["--task", str(source_task()), "--output_dir", other, "--model", "m"]) == 1
         assert main(["--task", str(source_task()), "--output_dir", str(tmp_path / "o")]) == 1
     assert next(record.message for record in caplog.records).startswith("Unknown filter(s) ['odd']")
     assert "a task that this command has not built" in caplog.text

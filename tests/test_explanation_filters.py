@@ -58,6 +58,42 @@ def test_each_filter_refuses_what_it_is_for(explanation, expected):
     assert expected in names(explanation)
 
 
+@pytest.mark.parametrize(
+    "explanation",
+    [
+        "In this open-label 1:1 randomised trial, fewer patients died with drug A than with placebo.",
+        "In this open label 1:1 randomised trial, fewer patients died with drug A than with placebo.",
+        "Drug A was the treatment of choice 1 year ago, and fewer patients died with it than with placebo.",
+        "Drug A is the better option a doctor has, for fewer patients died with it than with placebo.",
+        "The correct answer rate was higher with drug A than with placebo, which the interval shows to be no chance.",
+        "We cannot answer the question of mortality because too few patients died with drug A or with placebo.",
+        "We cannot help but see that fewer patients died with drug A than with placebo in this trial.",
+    ],
+)
+def test_clinical_sentences_are_no_leaks_and_no_refusals(explanation):
+    assert names(explanation) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        *((words, "label_leakage") for words in (
+            "so this is label 1.", "hence label: 1 is not said but label 0, as given", "it is labelled as true",
+            "so option A is right", "so option b is right", "the right choice 1, as one sees", "choice B is right",
+            "which the correct answer says", "the true label rates it so", "the ground truth label is the same",
+            "Answer: it is so", "the label is the same",
+        )),
+        *((words, "refusal") for words in (
+            "I cannot answer this question.", "I can't answer that", "I won't answer the question as it stands",
+            "We cannot answer this question!", "I am unable to answer the request, as an assistant",
+            "I cannot help with that", "we will not provide medical advice",
+        )),
+    ],
+)  # fmt: skip
+def test_leaks_and_refusals_in_other_words(words, expected):
+    assert expected in names(f"Fewer patients died with drug A than with placebo in this trial, and {words}")
+
+
 def test_verdict_agreement():
     assert names(GOOD, label=1, verdict=0) == ["verdict_agreement"]
     assert names(GOOD, label=1, verdict=None) == []

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from conftest import build
 
 from clsgen.checkpoint_folder import write_checkpoint
+from clsgen.journal import Journal
 from clsgen.predict_clsgen import main
 from clsgen.table_files import read_rows
 
@@ -236,6 +238,98 @@ def test_a_journal_of_another_run_is_refused(folder, rows, tmp_path, caplog):
     assert journal.exists()
     assert main([*command, "--prior", "0.2"]) == 1
     assert "another run" in caplog.text
+
+
+def left_behind(folder, rows, tmp_path):
+    """A command that a bad last row has stopped, and the journal of its unfinished run."""
+    source = save(tmp_path / "in.csv", [*rows[:9], {**rows[9], "claim": " "}])
+    command = ["--model", folder, "--input", source, "--output", str(tmp_path / "out.csv"), "--explain", "false"]
+    assert main(command) == 1
+    return command, tmp_path / ".out.csv.journal.jsonl"
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "generation_config.json"])
+def test_a_checkpoint_that_changed_is_another_run(folder, rows, tmp_path, caplog, changed):
+    command, _ = left_behind(folder, rows, tmp_path)
+    os.utime(Path(folder) / changed, ns=(1, 1))
+    assert main(command) == 1
+    assert "another run" in caplog.text
+
+
+def test_a_hub_id_stands_for_the_commit_that_was_loaded(folder, rows, tmp_path):
+    """Weights and tokenizer of a pinned commit are its own; answers of two commits are not mixed."""
+    cached = tmp_path / "home" / "hub" / "models--me--tiny"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    command, environment = ["predict_clsgen.py", "--model", "me/tiny", "--explain", "false"], {**os.environ}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    source = save(tmp_path / "in.csv", [{**rows[0], "claim": " "}])
+    command = [sys.executable, *command, "--input", source, "--output", str(tmp_path / "out.csv")]
+
+    def said(main, *more):
+        (cached / "refs" / "main").write_text(main * 40)
+        done = subprocess.run(
+            [*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "row 1: The field 'claim' is empty" in said("a")
+    assert "holds the answers of another run" in said("b")
+    (cached / "snapshots" / ("b" * 40) / "tokenizer.json").write_text("{}")
+    assert "row 1: The field 'claim' is empty" in said("b", "--revision", "a" * 40, "--overwrite", "true")
+
+
+def test_two_runs_to_one_output_are_refused(folder, rows, tmp_path, caplog):
+    command, path = left_behind(folder, rows, tmp_path)
+    run = json.loads(path.read_text().splitlines()[0])
+    with Journal(path, run):
+        assert main(command) == 1
+        assert main([*command, "--overwrite", "true"]) == 1
+    assert caplog.text.count(f"{path} is in use by another run") == 2
+    assert main([*command, "--on_error", "skip"]) == 0
+
+
+def test_more_answers_than_rows_are_nobodys(folder, rows, tmp_path, caplog):
+    command, path = left_behind(folder, rows, tmp_path)
+    with path.open("a") as file:
+        file.write("{}\n" * 11)
+    assert main(command) == 1
+    assert f"{path} holds 11 answers about 10 rows" in caplog.text
+
+
+def test_an_input_that_is_replaced_meanwhile_is_an_error(folder, texts, tmp_path):
+    rows = [{"id": str(i), **texts[i % 4]} for i in range(320)]
+    source, target = save(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    command = [sys.executable, "predict_clsgen.py", "--model", folder, "--input", source, "--output", str(target)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / ".out.jsonl.journal.jsonl"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.replace(save(tmp_path / "other.jsonl", rows[::-1]), source)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "in.jsonl was changed while it was read" in messages
+    assert not target.exists()
+
+
+def test_a_table_without_rows_keeps_its_header(folder, tmp_path):
+    (tmp_path / "in.csv").write_text("id,findings,claim\n")
+    assert main(["--model", folder, "--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv")]) == 0
+    header = (tmp_path / "out.csv").read_text().splitlines()
+    assert header[0].startswith("id,findings,claim,clsgen_label,clsgen_probability")
+    assert len(header) == 1
+
+
+def test_a_number_that_is_none_becomes_null(folder, rows, tmp_path):
+    source = save(tmp_path / "in.parquet", [{**rows[0], "dose": float("nan"), "doses": [1.0, float("inf")]}])
+    target = tmp_path / "out.jsonl"
+    assert main(["--model", folder, "--input", source, "--output", str(target), "--explain", "false"]) == 0
+    (answered,) = (json.loads(line, parse_constant=pytest.fail) for line in target.read_text().splitlines())
+    assert (answered["dose"], answered["doses"]) == (None, [1.0, None])
 
 
 def test_talking(folder, model, capsys, monkeypatch):

@@ -111,6 +111,14 @@ def test_errors_name_the_file_and_keep_texts_to_themselves(tmp_path):
     refused({}, "has none")
 
 
+def test_row_groups_of_many_parts_are_warned_of(tmp_path, caplog):
+    pq.write_table(pa.Table.from_pylist(rows(200)), tmp_path / "1.parquet", row_group_size=100)
+    shards_of(tmp_path, 2)
+    assert caplog.text == ""
+    shards_of(tmp_path, 1)
+    assert "1.parquet: a row group holds 100 rows, and each part of 1 reads it from its start" in caplog.text
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     write_rows(tmp_path / "1.csv", rows(5))
     schema, shards, _ = shards_of(tmp_path)

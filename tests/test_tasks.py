@@ -162,6 +162,24 @@ def test_the_test_split_needs_no_explanation_column(folder, tmp_path):
     assert splits["test"]["explanation"] == [None]
 
 
+def test_names_of_labels_in_the_data_are_heeded(folder, tmp_path, caplog):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    def load(names, **spec):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        rows = {"text": ["a", "b"], "label": [0, 1]}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+        return load_task(folder(data_files={"train": "t.parquet"}, **spec)).splits["train"]["label"]
+
+    assert load(["Bad", "good"]) == [0.0, 1.0]
+    assert load(["bad", "good"], labels=["x", "y"]) == [0.0, 1.0]  # as the verdicts have them
+    assert caplog.text == ""
+    with pytest.raises(ValueError, match=r"t\.parquet: the data set calls label 0 'good' .* the other way round"):
+        load(["good", "bad"])
+    assert load(["no", "yes"]) == [0.0, 1.0]
+    assert "calls its labels ['no', 'yes'], task.yaml ['bad', 'good']" in caplog.text
+
+
 def test_label_of_a_parquet_file_may_be_null_but_not_nan(folder, tmp_path):
     from datasets import Dataset
 
