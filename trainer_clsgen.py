@@ -188,14 +188,18 @@ class ClsGenSFTTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        by_length = self.args.train_sampling_strategy == "group_by_length"
-        if not by_length and not self.args.verdict_texts:
+        if self.args.train_sampling_strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
+        by_length = self.args.train_sampling_strategy == "group_by_length"
         epochs = train_dataset[EPOCH] if EPOCH in train_dataset.column_names else [None] * len(train_dataset)
         lengths = [len(ids) for ids in train_dataset["input_ids"]] if by_length else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(
-            list(epochs), seed, lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps
+            list(epochs),
+            seed,
+            lambda: int(self.state.epoch),
+            lengths,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
         )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler:
