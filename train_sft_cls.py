@@ -46,7 +46,7 @@ from clsgen.run_record import describe_run, peak_memory_mib
 from clsgen.scoring import check_validation_split, classified, measure, table
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.sharding import check_launch, gather_model
-from clsgen.tasks import Task, class_counts, load_task
+from clsgen.tasks import Task, class_counts, load_task, rows_that_fit
 from clsgen.train_arguments import AUTO, ModelArguments, TaskArguments, parse_reads, read_recipe, split_off_recipe
 from clsgen.trainer_clsgen import (
     ClsGenSFTTrainer,
@@ -186,14 +186,14 @@ def prepare_output_dir(training: ClsGenSFTConfig, arguments: TaskArguments, task
 
 
 def train(
+    model: ClsGenForCausalLMAndClassification,
     task: Task,
     arguments: TaskArguments,
     training: ClsGenSFTConfig,
     model_arguments: ModelArguments,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> tuple[ClsGenSFTTrainer, Probe | None]:
-    """Builds the model, starts it warm and trains it; the trainer holds the result."""
-    model = build_model(task, arguments, model_arguments, training)
+    """Starts the model warm and trains it; the trainer holds the result."""
     rows = {
         name: encode_split(split, model.encoder, training, name)
         for name, split in task.splits.items()
@@ -342,12 +342,15 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
         "credentialed": task.credentialed,
         "base_model": model_arguments.model_name_or_path,
         "seed": training.seed,
-        "train_rows": class_counts(task.splits["train"]),
         "threshold_method": arguments.threshold_method,
         **(run or describe_run("train_sft_cls.py", argv)),
     }
     asked = publication(task, arguments, training, report)
-    trainer, probe = train(task, arguments, training, model_arguments, [clock])
+    model = build_model(task, arguments, model_arguments, training)
+    task = rows_that_fit(task, model.encoder, arguments.on_bad_row)
+    check_validation_split(task)
+    report["train_rows"] = class_counts(task.splits["train"])
+    trainer, probe = train(model, task, arguments, training, model_arguments, [clock])
     if trainer.model.config.name_or_path == str(dequantized_folder()):
         report["base_model_source"] = DEQUANTIZED_SOURCE
     folder = finish(trainer, probe, task, arguments, report, read_recipe(recipe), clock)

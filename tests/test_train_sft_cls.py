@@ -132,6 +132,26 @@ def test_a_test_split_without_labels_is_not_scored(task_folder, backbones, tmp_p
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
+def test_a_row_that_cannot_fit_is_found_in_any_split_before_training(task_folder, backbones, tmp_path, caplog):
+    for split, place in (("train", 3), ("test", 1)):
+        path = task_folder / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[place]["claim"] = "Drug. " * 60
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(
+            ValueError, match=rf"Row '{split}{place}' of {split}: The prompt is longer than 260 .* skip"
+        ):
+            main(command(task_folder, backbones["llama"], tmp_path / "out"))
+        if split == "train":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["id"] != f"{split}{place}"))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    with caplog.at_level(logging.WARNING):
+        main(command(task_folder, backbones["llama"], tmp_path / "out", "--on_bad_row", "skip"))
+    assert "tiny/test: skipped 1 row(s). Row 'test1' of test: The prompt is longer" in caplog.text
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (report["train_rows"]["rows"], report["test"]["rows"]) == (23, 9)
+
+
 @pytest.mark.parametrize("label", [1, None])
 def test_a_validation_split_without_both_classes_is_refused_before_training(task_folder, tmp_path, label):
     change_labels(task_folder, "validation", label)
