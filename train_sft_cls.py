@@ -323,6 +323,7 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     recipe, others = split_off_recipe(argv)
     parser = TrlParser((TaskArguments, ClsGenSFTConfig, ModelArguments))
     arguments, training, model_arguments = parser.parse_args_and_config(["--config", recipe, *others])
+    recipe_text = read_recipe(recipe)  # as it is now: it may be edited while the training runs
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "accelerate", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -353,7 +354,7 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     trainer, probe = train(model, task, arguments, training, model_arguments, [clock])
     if trainer.model.config.name_or_path == str(dequantized_folder()):
         report["base_model_source"] = DEQUANTIZED_SOURCE
-    folder = finish(trainer, probe, task, arguments, report, read_recipe(recipe), clock)
+    folder = finish(trainer, probe, task, arguments, report, recipe_text, clock)
     trainer.accelerator.end_training()  # who exits within a process group may abort, and the launcher kills the rest
     if not trainer.is_world_process_zero():
         return

@@ -15,7 +15,7 @@ from clsgen.classification_metrics import classification_metrics
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import load_task
 from clsgen.train_arguments import RECIPES, ModelArguments, TaskArguments, parse_reads, split_off_recipe
-from clsgen.train_sft_cls import build_model, main
+from clsgen.train_sft_cls import build_model, main, train
 
 
 @pytest.fixture
@@ -203,6 +203,21 @@ def test_flags_override_the_recipe_and_unknown_keys_are_errors(task_folder, back
     main([f"--config={recipe}", *arguments])
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (report["seed"], report["cls_reads"]) == (4, [[1, "mean"]])
+
+
+def test_a_recipe_is_kept_as_it_was_without_its_secrets(task_folder, backbones, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env: {MIRROR_KEY: secret-1}\nhub_token: secret-2\nseed: 3\nreport_to: none\n")
+    monkeypatch.setenv("MIRROR_KEY", "")
+
+    def train_while_the_recipe_goes(*args):
+        recipe.unlink()
+        return train(*args)
+
+    monkeypatch.setattr("clsgen.train_sft_cls.train", train_while_the_recipe_goes)
+    probe_alone = ["--num_train_epochs", "0", "--max_steps", "-1", "--num_examples", "0"]
+    main(["--config", str(recipe), *command(task_folder, backbones["llama"], tmp_path / "out", *probe_alone)])
+    assert (tmp_path / "out" / "model" / "recipe.yaml").read_text() == "seed: 3\nreport_to: none\n"
 
 
 def test_a_task_without_a_recipe_of_its_own_takes_that_for_any(tmp_path):
