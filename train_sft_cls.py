@@ -248,6 +248,10 @@ def finish(
     """Calibrates, tests, writes the checkpoint and the result files, and shows them."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # The checkpoint will answer without the training's autocast: what it is calibrated on does, too.
+    trainer.accelerator.native_amp = False
+    if (forward := vars(model).pop("_original_forward", None)) is not None:
+        model.forward = forward
     config, training = base.config, trainer.args
     report["history"] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 

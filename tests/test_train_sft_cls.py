@@ -220,6 +220,17 @@ def test_a_recipe_is_kept_as_it_was_without_its_secrets(task_folder, backbones, 
     assert (tmp_path / "out" / "model" / "recipe.yaml").read_text() == "seed: 3\nreport_to: none\n"
 
 
+@pytest.mark.parametrize("more", [(), ("--use_peft", "false"), ("--num_train_epochs", "0", "--max_steps", "-1")])
+def test_a_number_is_calibrated_as_the_checkpoint_computes_it(task_folder, backbones, tmp_path, more):
+    settings = ["--bf16", "true", "--use_cpu", "true", "--lm_reading_weight", "0", "--num_examples", "0", *more]
+    main(command(task_folder, backbones["llama"], tmp_path / "out", *settings))
+    model = AutoModel.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True)
+    rows = load_task(task_folder).splits["test"]
+    predictions = model.classify([{"findings": row["findings"], "claim": row["claim"]} for row in rows])
+    saved = json.loads((tmp_path / "out" / "test_predictions.json").read_text())
+    assert [p.logit for p in predictions] == pytest.approx([row["logit"] for row in saved], rel=1e-4, abs=1e-4)
+
+
 def test_a_task_without_a_recipe_of_its_own_takes_that_for_any(tmp_path):
     copy = tmp_path / "clinifact"
     shutil.copytree(RECIPES.parent / "data" / "clinifact", copy)
