@@ -460,6 +460,8 @@ def test_refusals(model, task_rows, tmp_path):
         ({"verdict_weight": 1.0, "verdict_texts": -1}, "must be at least 0"),
         ({"max_length": 50}, "must be larger than"),
         ({"loss_type": "dft"}, "loss_type"),
+        ({"chat_template_path": "chat.jinja"}, "`chat_template_path` would change the prompts"),
+        ({"trust_remote_code": True}, "`trust_remote_code` has no meaning here"),
     ):
         with pytest.raises(ValueError, match=message):
             arguments(tmp_path, **kwargs)
