@@ -49,6 +49,7 @@ from clsgen.sharding import check_launch, gather_model
 from clsgen.tasks import Task, class_counts, load_task, rows_that_fit
 from clsgen.train_arguments import AUTO, ModelArguments, TaskArguments, parse_reads, read_recipe, split_off_recipe
 from clsgen.trainer_clsgen import (
+    EVALUATION_METRICS,
     ClsGenSFTTrainer,
     encode_split,
     frozen_layers_dir,
@@ -183,6 +184,16 @@ def prepare_output_dir(training: ClsGenSFTConfig, arguments: TaskArguments, task
         except OSError as error:
             raise OSError(f"`{name}` {place} is not writable ({error}): choose another with --{name}.") from error
     return Path(training.output_dir)
+
+
+def check_metric(arguments: TaskArguments, training: ClsGenSFTConfig) -> None:
+    """Refuses to choose a checkpoint by the head alone where the number is going to be the LM's reading too."""
+    metric = (training.metric_for_best_model or "").removeprefix("eval_")
+    if arguments.lm_reading_weight and metric in EVALUATION_METRICS:
+        raise ValueError(
+            f"`metric_for_best_model` {metric} is the head's alone during training, but with `lm_reading_weight` "
+            f"{arguments.lm_reading_weight} the number is the LM's reading too: take `eval_loss`."
+        )
 
 
 def train(
@@ -334,6 +345,7 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     logger.info("Settings: %s, and what the command line changes", recipe)
     set_seed(training.seed)
     check_launch(arguments.warm_start, training, model_arguments, arguments.lm_reading_weight)
+    check_metric(arguments, training)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
     check_validation_split(task)
     output_dir = prepare_output_dir(training, arguments, task)

@@ -266,6 +266,9 @@ def test_bad_arguments_are_named(task_folder, backbones, tmp_path):
         main(command(task_folder, backbones["llama"], blocked / "out"))
     with pytest.raises(ValueError, match="this backbone has 4 layers"):
         main(command(task_folder, backbones["llama"], tmp_path / "out", "--lora_first_layer", "4"))
+    best = ["--load_best_model_at_end", "true", "--metric_for_best_model", "eval_auroc", "--lm_reading_weight", "0.7"]
+    with pytest.raises(ValueError, match=r"auroc is the head's alone during training.*take `eval_loss`"):
+        main(command(task_folder, backbones["llama"], tmp_path / "out", *best))
     with pytest.raises(ValueError, match="or `auto`, got 'upper'"):
         main(command(task_folder, backbones["llama"], tmp_path / "out", "--lora_first_layer", "upper"))
     with pytest.raises(ValueError, match="cls_reads"):
