@@ -98,7 +98,7 @@ class ClsGenSFTTrainer(SFTTrainer):
 
     Raises:
         TypeError: for another model class.
-        ValueError: for arguments that two losses cannot have, or rows that would vanish.
+        ValueError: for arguments that two losses cannot have, a head that would not train, or rows that would vanish.
     """
 
     def __init__(
@@ -152,10 +152,15 @@ class ClsGenSFTTrainer(SFTTrainer):
         )
         for name, value in flags.items():
             setattr(args, name, value)
+        head = [parameter for name, parameter in self.model.named_parameters() if "cls_head" in name]
+        if args.cls_weight and not any(parameter.requires_grad for parameter in head):
+            raise ValueError(
+                'No weight of the head would train. A `PeftModel` of your own needs `modules_to_save=["cls_head"]` '
+                "in its config; or pass that config as `peft_config` here, which adds it."
+            )
         # QLoRA casts every trainable parameter to bfloat16.
-        for name, parameter in self.model.named_parameters():
-            if "cls_head" in name:
-                parameter.data = parameter.data.float()
+        for parameter in head:
+            parameter.data = parameter.data.float()
         if args.cache_frozen_layers and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "`cache_frozen_layers` needs whole weights in each process: train without it, or use DDP."

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import build
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 from torch.nn import functional as F
@@ -320,6 +320,18 @@ def test_a_soft_label_counts_for_the_nearer_class(model, task_rows, tmp_path):
     assert metrics[0]["eval_cls_loss"] != metrics[1]["eval_cls_loss"]
     for name in ("auroc", "average_precision", "f1", "accuracy", "brier", "ece"):
         assert metrics[1][f"eval_{name}"] == metrics[0][f"eval_{name}"]
+
+
+def test_an_adapter_of_the_users_own_trains_the_head_or_is_refused(model, task_rows, tmp_path):
+    frozen = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r'No weight of the head would train.*modules_to_save=\["cls_head"\]'):
+        ClsGenSFTTrainer(frozen, arguments(tmp_path), task_rows)
+    ClsGenSFTTrainer(frozen, arguments(tmp_path, cls_weight=0.0), task_rows)
+    whole = get_peft_model(frozen.unload(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["cls_head"]))
+    trainer = ClsGenSFTTrainer(whole, arguments(tmp_path), task_rows)
+    before = weights(trainer.model, "cls_head")
+    trainer.train()
+    assert min(moved(before, weights(trainer.model, "cls_head")).values()) > 0
 
 
 def test_balanced_pos_weight_and_head_learning_rate(model, task_rows, tmp_path):
