@@ -283,7 +283,7 @@ class ClsGenSFTTrainer(SFTTrainer):
             probabilities = torch.sigmoid(outputs.cls_logits[verdicts] - shift)
             losses.append(verdict_loss(outputs.logits[said_at[kept]], probabilities, self._verdict_lines, of_step[2]))
             loss = loss + self.args.verdict_weight * losses[-1].to(loss.device)
-        sums = [value.detach().double().to(self.args.device) * n for value, n in zip(losses, of_step, strict=False)]
+        sums = [value.detach().float().to(self.args.device) * n for value, n in zip(losses, of_step, strict=False)]
         totals = torch.stack([torch.stack(sums), counts[: len(sums)].to(sums[0])])
         previous = self._loss_totals[mode]
         self._loss_totals[mode] = totals if previous is None else previous + totals

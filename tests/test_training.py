@@ -14,6 +14,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clsgen.batching_clsgen import alike
 from clsgen.losses_clsgen import IGNORE_INDEX
@@ -332,6 +333,23 @@ def test_an_adapter_of_the_users_own_trains_the_head_or_is_refused(model, task_r
     before = weights(trainer.model, "cls_head")
     trainer.train()
     assert min(moved(before, weights(trainer.model, "cls_head")).values()) > 0
+
+
+class NoFloat64(TorchDispatchMode):
+    """Has no float64, as Apple's GPUs have none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            raise TypeError(f"{function}: no float64 on this device")
+        return found
+
+
+def test_both_losses_do_without_float64(model, task_rows, tmp_path):
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path, verdict_weight=1.0), task_rows, eval_dataset=task_rows)
+    with NoFloat64():
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_balanced_pos_weight_and_head_learning_rate(model, task_rows, tmp_path):
