@@ -359,7 +359,6 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
         "credentialed": task.credentialed,
         "base_model": model_arguments.model_name_or_path,
         "seed": training.seed,
-        "threshold_method": arguments.threshold_method,
         **(run or describe_run("train_sft_cls.py", argv)),
     }
     asked = publication(task, arguments, training, report)
