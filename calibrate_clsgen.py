@@ -10,7 +10,7 @@ rows from there in its validation split.
 import json
 import logging
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.run_record import describe_run
 from clsgen.scoring import SCORED, CalibrationArguments, check_validation_split, classified, measure, table
-from clsgen.tasks import Task, load_task
+from clsgen.tasks import Task, load_task, rows_that_fit
 
 
 @dataclass(kw_only=True)
@@ -37,6 +37,10 @@ class RecalibrationArguments(CalibrationArguments):
         default=None, metadata={"help": "The task's folder, or its name below data/; default: the checkpoint's own."}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Source that the task's prepare.py reads."})
+    on_bad_row: str = field(
+        default="error", metadata={"help": "A row that cannot be used stops the run, or is skipped and counted.",
+                                   "choices": ["error", "skip"]}
+    )  # fmt: skip
     results_dir: str | None = field(default=None, metadata={"help": "A further folder for metrics and predictions."})
 
 
@@ -60,15 +64,17 @@ def recalibrate(arguments: RecalibrationArguments, argv: list[str] | None = None
         raise OSError(f"`--output` {arguments.output} is not writable ({error}): choose another.") from error
     former = json.loads(_read(arguments, "metrics.json"))
     recipe = _read(arguments, "recipe.yaml", needed=False)
-    task = load_task(arguments.task or former["task"], arguments.data_dir)
+    task = load_task(arguments.task or former["task"], arguments.data_dir, arguments.on_bad_row)
     model = ClsGenForCausalLMAndClassification.from_pretrained(
         arguments.model, revision=arguments.revision, device_map="auto"
     )
     _check(task, former, model)
+    task = rows_that_fit(task, model.encoder, arguments.on_bad_row)
+    check_validation_split(task)
+    arguments = replace(arguments, threshold_method=arguments.threshold_method or former.get("threshold_method"))
     metrics, predictions = measure(model.config, task, lambda _, rows: classified(model, rows), arguments)
     report = {name: value for name, value in former.items() if name not in SCORED}
-    report |= {**metrics, "threshold_method": arguments.threshold_method}
-    report["credentialed"] = former.get("credentialed", False) or task.credentialed
+    report |= {**metrics, "credentialed": former.get("credentialed", False) or task.credentialed}
     report["recalibration"] = describe_run("calibrate_clsgen.py", argv or [])
     write_checkpoint(model, arguments.output, report, predictions, recipe)
     if arguments.results_dir:
@@ -106,7 +112,6 @@ def _check(task: Task, former: dict[str, Any], model: ClsGenForCausalLMAndClassi
         )
     if "validation" not in task.splits:
         raise ValueError(f"The task {task.name!r} has no validation split: there is nothing to calibrate on.")
-    check_validation_split(task)
 
 
 def main(argv: list[str] | None = None) -> int:

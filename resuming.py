@@ -56,7 +56,9 @@ def resumption(asked: str | bool | None) -> str | None:
 
 
 def claim_folder(output_dir: str | Path, run: dict[str, Any], resume: bool) -> None:
-    """Makes a folder this run's: checkpoints of another one are refused, or without `resume` moved aside.
+    """Makes a folder this run's: without `resume`, checkpoints there are moved aside; with it, another run's refused.
+
+    A run that starts afresh moves even its own like's: killed before it saved anything, it would go on from theirs.
 
     Args:
         output_dir (`str` or `Path`): Where checkpoints lie, and will.
@@ -71,28 +73,37 @@ def claim_folder(output_dir: str | Path, run: dict[str, Any], resume: bool) -> N
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if checkpoints and known is None and resume:
         logger.warning("%s does not say which run its checkpoints are of; they are taken for this one's.", folder)
-    elif checkpoints and known != run:
-        told = ", ".join(_differences(known or {}, run)) or "they are older than this code"
-        if resume:
-            raise ValueError(
-                f"The checkpoints in {folder} are of another run ({told}). Run it with what it was started with, or "
-                "without --resume_from_checkpoint, or choose another --output_dir."
-            )
+    elif checkpoints and known != run and resume:
+        told = ", ".join(_differences(known, run))
+        raise ValueError(
+            f"The checkpoints in {folder} are of another run ({told}). Run it with what it was started with, or "
+            "without --resume_from_checkpoint, or choose another --output_dir."
+        )
+    elif checkpoints and not resume:
         aside = next(place for i in range(1, 10**6) if not (place := folder / f"earlier-run-{i}").exists())
         aside.mkdir()
         for checkpoint in checkpoints:
             checkpoint.rename(aside / checkpoint.name)
-        logger.warning("%s held checkpoints of another run (%s): they are in %s now.", folder, told, aside)
+        logger.warning("%s held checkpoints of an earlier run: they are in %s now.", folder, aside)
     write_json(file, run)
 
 
 def take_up_finished(trainer: Trainer, checkpoint: str) -> bool:
-    """Loads a checkpoint after which `max_steps` leaves nothing to do, where `train` would take a step too many."""
+    """Loads a run's result where `max_steps` leaves nothing to do after `checkpoint`: `train` would take a step more.
+
+    That is the best checkpoint where `load_best_model_at_end` asks for it, as at a training's end.
+    """
     state = TrainerState.load_from_json(str(Path(checkpoint) / CHECKPOINT_COMPLETE))
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # theirs are loaded into wrapped models alone
     if sharded or not 0 < trainer.args.max_steps <= state.global_step:
         return False
     logger.info("All of its %d steps have been taken.", state.global_step)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)
+        if (best / CHECKPOINT_COMPLETE).is_file():
+            checkpoint = str(best)
+        else:
+            logger.warning("The best checkpoint, %s, is not there any more: %s is taken.", best, checkpoint)
     trainer._load_from_checkpoint(checkpoint)
     trainer.state = state
     return True

@@ -38,26 +38,31 @@ class CalibrationArguments:
                                         "rest is the head's. Above 0, `classify` runs the whole model. Default: as "
                                         "the model has it, 0 in a new one."}
     )  # fmt: skip
-    threshold_method: str = field(
-        default="f1", metadata={"help": "How to choose the threshold on the validation split.",
-                                "choices": list(THRESHOLD_METHODS)}
+    threshold_method: str | None = field(
+        default=None, metadata={"help": "How to choose the threshold on the validation split. Default: as the model's "
+                                        "was chosen, f1 in a new one.", "choices": list(THRESHOLD_METHODS)}
     )  # fmt: skip
-    fixed_threshold: float = field(default=0.5, metadata={"help": "The threshold of `--threshold_method fixed`."})
-    conformal_error_rate: float = field(
-        default=0.1, metadata={"help": "Of the prediction sets that are fitted on the validation split: how often a "
-                                       "row of either label may lose its own."}
+    fixed_threshold: float | None = field(
+        default=None, metadata={"help": "The threshold of `--threshold_method fixed`. Default: the model's, 0.5 in a "
+                                        "new one."}
+    )  # fmt: skip
+    conformal_error_rate: float | None = field(
+        default=None, metadata={"help": "Of the prediction sets that are fitted on the validation split: how often a "
+                                        "row of either label may lose its own. Default: the model's, 0.1 in a new "
+                                        "one."}
     )  # fmt: skip
 
     def __post_init__(self):
-        if self.threshold_method not in THRESHOLD_METHODS:  # argparse checks flags alone, not a recipe's values
+        # argparse checks flags alone, not a recipe's values.
+        if self.threshold_method not in (None, *THRESHOLD_METHODS):
             raise ValueError(
                 f"`--threshold_method` must be one of {THRESHOLD_METHODS}, got {self.threshold_method!r}."
             )
-        if not 0 <= self.fixed_threshold <= 1:
+        if not 0 <= (self.fixed_threshold or 0) <= 1:
             raise ValueError(
                 f"`--fixed_threshold` is a probability, between 0 and 1, got {self.fixed_threshold}: 0.5 for 50%."
             )
-        if not 0 < self.conformal_error_rate < 1:
+        if self.conformal_error_rate is not None and not 0 < self.conformal_error_rate < 1:
             raise ValueError(
                 "`--conformal_error_rate` must lie between 0 and 1, both excluded, got "
                 f"{self.conformal_error_rate}: 0.1 for 10%."
@@ -123,7 +128,7 @@ def calibrate(
         options ([`CalibrationArguments`]): How.
 
     Returns:
-        `dict`: Metrics of the validation split, before and after.
+        `dict`: Metrics of the validation split, before and after, and how the threshold was chosen.
 
     Raises:
         ValueError: for a validation split of one class.
@@ -136,10 +141,13 @@ def calibrate(
     probabilities = calibrated_probabilities(logits, temperature, bias)
     config.calibration = {"temperature": temperature, "bias": bias}
     config.base_rate = float(labels.mean())
-    config.threshold = choose_threshold(labels, probabilities, options.threshold_method, options.fixed_threshold)
-    quantiles = list(conformal_quantiles(labels, probabilities, options.conformal_error_rate))
-    config.conformal = {"error_rate": options.conformal_error_rate, "quantiles": quantiles}
-    return before_and_after("validation", logits, labels, config)
+    method = options.threshold_method or THRESHOLD_METHODS[0]
+    fixed = config.threshold if options.fixed_threshold is None else options.fixed_threshold
+    config.threshold = choose_threshold(labels, probabilities, method, fixed)
+    error_rate = options.conformal_error_rate or (config.conformal or {"error_rate": 0.1})["error_rate"]
+    quantiles = list(conformal_quantiles(labels, probabilities, error_rate))
+    config.conformal = {"error_rate": error_rate, "quantiles": quantiles}
+    return {**before_and_after("validation", logits, labels, config), "threshold_method": method}
 
 
 def score_test_split(

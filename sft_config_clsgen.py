@@ -122,6 +122,16 @@ class ClsGenSFTConfig(SFTConfig):
         for name, supported in (("loss_type", "nll"), ("packing_strategy", "bfd"), ("label_smoothing_factor", 0.0)):
             if getattr(self, name) != supported:
                 raise ValueError(f"`{name}` must be {supported!r} for two losses, got {getattr(self, name)!r}.")
+        if self.chat_template_path is not None:
+            raise ValueError(
+                "`chat_template_path` would change the prompts of a finished checkpoint, but not those that it learns "
+                "from: give a folder that holds the backbone and its tokenizer with that template."
+            )
+        if self.trust_remote_code:
+            raise ValueError(
+                "`trust_remote_code` has no meaning here: a checkpoint doesn't hold a backbone's own code, and could "
+                "not be loaded. Take a backbone that transformers knows."
+            )
         if self.assistant_only_loss or self.completion_only_loss is False or self.use_liger_kernel:
             raise ValueError(
                 "`assistant_only_loss`, `completion_only_loss=False` and `use_liger_kernel` have no meaning here: the "

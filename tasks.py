@@ -8,7 +8,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
 
-from clsgen.prompting_clsgen import TaskPrompt, fill_template
+from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt, fill_template
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent
@@ -121,11 +121,6 @@ def load_task(
             f"{folder / 'task.yaml'}: `explanation_column` is {spec['explanation_column']!r}, but no split has that "
             f"column; found {sorted(columns)}."
         )
-    counts = class_counts(splits["train"])
-    if not counts["positive"] or not counts["negative"]:
-        raise ValueError(
-            f"The training split of {spec['name']!r} needs labelled rows of both classes, got {_in_words(counts)}."
-        )
     task = Task(
         name=spec["name"],
         prompt={key: spec[key] for key in PROMPT_KEYS if key in spec},
@@ -134,8 +129,49 @@ def load_task(
         credentialed=bool(spec.get("credentialed", False)),
         license=spec.get("license"),
     )
+    _check_training_split(task)
     _warn_of_texts_seen_in_training(task, log)
     return task
+
+
+def rows_that_fit(task: Task, encoder: PromptEncoder, on_bad_row: str = "error", log: logging.Logger = logger) -> Task:
+    """The task for one model: without the rows that are too long for it, whatever is cut out of their document.
+
+    Args:
+        task ([`Task`]): With rows of any length.
+        encoder ([`PromptEncoder`]): The model's.
+        on_bad_row (`"error"` or `"skip"`): What becomes of such rows; skipped ones are counted in the log.
+        log (`logging.Logger`): Where the counts go.
+
+    Raises:
+        ValueError: for such a row, naming split and id; or where skipping leaves training rows of one class.
+    """
+    splits = DatasetDict()
+    for split, rows in task.splits.items():
+        fitting, problem = [], ""
+        for index, row in enumerate(rows.select_columns(["id", *task.fields])):
+            try:
+                encoder.fit({name: row[name] for name in task.fields})
+            except ValueError as error:
+                problem = f"Row {row['id']!r} of {split}: {error}"
+                if on_bad_row == "error":
+                    raise ValueError(f"{problem} Or skip such rows with `on_bad_row`: skip.") from error
+            else:
+                fitting.append(index)
+        if problem:
+            log.warning("%s/%s: skipped %d row(s). %s", task.name, split, len(rows) - len(fitting), problem)
+        splits[split] = rows.select(fitting)
+    task = replace(task, splits=splits)
+    _check_training_split(task)
+    return task
+
+
+def _check_training_split(task: Task) -> None:
+    counts = class_counts(task.splits["train"])
+    if not counts["positive"] or not counts["negative"]:
+        raise ValueError(
+            f"The training split of {task.name!r} needs labelled rows of both classes, got {_in_words(counts)}."
+        )
 
 
 def _warn_of_texts_seen_in_training(task: Task, log: logging.Logger) -> None:

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from trl import ModelConfig
 
 from clsgen.run_record import without_secrets
@@ -14,6 +15,7 @@ from clsgen.tasks import find_task
 ROOT = Path(__file__).resolve().parent
 RECIPES = ROOT / "recipes"
 AUTO = "auto"
+SECRET_KEYS = {"env", "hub_token"}  # of a recipe
 
 
 @dataclass
@@ -117,5 +119,9 @@ def split_off_recipe(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def read_recipe(path: str) -> str:
-    """The recipe's text, for the checkpoint; tokens and passwords are no part of it."""
-    return without_secrets(Path(path).read_text(encoding="utf-8"))
+    """The recipe's text, for the checkpoint; tokens and passwords are no part of it, nor is TRL's `env`."""
+    text = Path(path).read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    if {*values} & SECRET_KEYS:
+        text = yaml.safe_dump({name: values[name] for name in values if name not in SECRET_KEYS}, sort_keys=False)
+    return without_secrets(text)

@@ -46,9 +46,10 @@ from clsgen.run_record import describe_run, peak_memory_mib
 from clsgen.scoring import check_validation_split, classified, measure, table
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.sharding import check_launch, gather_model
-from clsgen.tasks import Task, class_counts, load_task
+from clsgen.tasks import Task, class_counts, load_task, rows_that_fit
 from clsgen.train_arguments import AUTO, ModelArguments, TaskArguments, parse_reads, read_recipe, split_off_recipe
 from clsgen.trainer_clsgen import (
+    EVALUATION_METRICS,
     ClsGenSFTTrainer,
     encode_split,
     frozen_layers_dir,
@@ -185,15 +186,25 @@ def prepare_output_dir(training: ClsGenSFTConfig, arguments: TaskArguments, task
     return Path(training.output_dir)
 
 
+def check_metric(arguments: TaskArguments, training: ClsGenSFTConfig) -> None:
+    """Refuses to choose a checkpoint by the head alone where the number is going to be the LM's reading too."""
+    metric = (training.metric_for_best_model or "").removeprefix("eval_")
+    if arguments.lm_reading_weight and metric in EVALUATION_METRICS:
+        raise ValueError(
+            f"`metric_for_best_model` {metric} is the head's alone during training, but with `lm_reading_weight` "
+            f"{arguments.lm_reading_weight} the number is the LM's reading too: take `eval_loss`."
+        )
+
+
 def train(
+    model: ClsGenForCausalLMAndClassification,
     task: Task,
     arguments: TaskArguments,
     training: ClsGenSFTConfig,
     model_arguments: ModelArguments,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> tuple[ClsGenSFTTrainer, Probe | None]:
-    """Builds the model, starts it warm and trains it; the trainer holds the result."""
-    model = build_model(task, arguments, model_arguments, training)
+    """Starts the model warm and trains it; the trainer holds the result."""
     rows = {
         name: encode_split(split, model.encoder, training, name)
         for name, split in task.splits.items()
@@ -248,6 +259,10 @@ def finish(
     """Calibrates, tests, writes the checkpoint and the result files, and shows them."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # The checkpoint will answer without the training's autocast: what it is calibrated on does, too.
+    trainer.accelerator.native_amp = False
+    if (forward := vars(model).pop("_original_forward", None)) is not None:
+        model.forward = forward
     config, training = base.config, trainer.args
     report["history"] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 
@@ -323,12 +338,14 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     recipe, others = split_off_recipe(argv)
     parser = TrlParser((TaskArguments, ClsGenSFTConfig, ModelArguments))
     arguments, training, model_arguments = parser.parse_args_and_config(["--config", recipe, *others])
+    recipe_text = read_recipe(recipe)  # as it is now: it may be edited while the training runs
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "accelerate", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logger.info("Settings: %s, and what the command line changes", recipe)
     set_seed(training.seed)
     check_launch(arguments.warm_start, training, model_arguments, arguments.lm_reading_weight)
+    check_metric(arguments, training)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
     check_validation_split(task)
     output_dir = prepare_output_dir(training, arguments, task)
@@ -342,15 +359,17 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
         "credentialed": task.credentialed,
         "base_model": model_arguments.model_name_or_path,
         "seed": training.seed,
-        "train_rows": class_counts(task.splits["train"]),
-        "threshold_method": arguments.threshold_method,
         **(run or describe_run("train_sft_cls.py", argv)),
     }
     asked = publication(task, arguments, training, report)
-    trainer, probe = train(task, arguments, training, model_arguments, [clock])
+    model = build_model(task, arguments, model_arguments, training)
+    task = rows_that_fit(task, model.encoder, arguments.on_bad_row)
+    check_validation_split(task)
+    report["train_rows"] = class_counts(task.splits["train"])
+    trainer, probe = train(model, task, arguments, training, model_arguments, [clock])
     if trainer.model.config.name_or_path == str(dequantized_folder()):
         report["base_model_source"] = DEQUANTIZED_SOURCE
-    folder = finish(trainer, probe, task, arguments, report, read_recipe(recipe), clock)
+    folder = finish(trainer, probe, task, arguments, report, recipe_text, clock)
     trainer.accelerator.end_training()  # who exits within a process group may abort, and the launcher kills the rest
     if not trainer.is_world_process_zero():
         return

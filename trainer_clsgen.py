@@ -98,7 +98,7 @@ class ClsGenSFTTrainer(SFTTrainer):
 
     Raises:
         TypeError: for another model class.
-        ValueError: for arguments that two losses cannot have, or rows that would vanish.
+        ValueError: for arguments that two losses cannot have, a head that would not train, or rows that would vanish.
     """
 
     def __init__(
@@ -152,10 +152,15 @@ class ClsGenSFTTrainer(SFTTrainer):
         )
         for name, value in flags.items():
             setattr(args, name, value)
+        head = [parameter for name, parameter in self.model.named_parameters() if "cls_head" in name]
+        if args.cls_weight and not any(parameter.requires_grad for parameter in head):
+            raise ValueError(
+                'No weight of the head would train. A `PeftModel` of your own needs `modules_to_save=["cls_head"]` '
+                "in its config; or pass that config as `peft_config` here, which adds it."
+            )
         # QLoRA casts every trainable parameter to bfloat16.
-        for name, parameter in self.model.named_parameters():
-            if "cls_head" in name:
-                parameter.data = parameter.data.float()
+        for parameter in head:
+            parameter.data = parameter.data.float()
         if args.cache_frozen_layers and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "`cache_frozen_layers` needs whole weights in each process: train without it, or use DDP."
@@ -188,14 +193,18 @@ class ClsGenSFTTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        by_length = self.args.train_sampling_strategy == "group_by_length"
-        if not by_length and not self.args.verdict_texts:
+        if self.args.train_sampling_strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
+        by_length = self.args.train_sampling_strategy == "group_by_length"
         epochs = train_dataset[EPOCH] if EPOCH in train_dataset.column_names else [None] * len(train_dataset)
         lengths = [len(ids) for ids in train_dataset["input_ids"]] if by_length else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(
-            list(epochs), seed, lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps
+            list(epochs),
+            seed,
+            lambda: int(self.state.epoch),
+            lengths,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
         )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler:
@@ -274,7 +283,7 @@ class ClsGenSFTTrainer(SFTTrainer):
             probabilities = torch.sigmoid(outputs.cls_logits[verdicts] - shift)
             losses.append(verdict_loss(outputs.logits[said_at[kept]], probabilities, self._verdict_lines, of_step[2]))
             loss = loss + self.args.verdict_weight * losses[-1].to(loss.device)
-        sums = [value.detach().double().to(self.args.device) * n for value, n in zip(losses, of_step, strict=False)]
+        sums = [value.detach().float().to(self.args.device) * n for value, n in zip(losses, of_step, strict=False)]
         totals = torch.stack([torch.stack(sums), counts[: len(sums)].to(sums[0])])
         previous = self._loss_totals[mode]
         self._loss_totals[mode] = totals if previous is None else previous + totals

@@ -56,7 +56,8 @@ def test_the_lms_reading_becomes_a_part_of_the_number(trained, tmp_path, capsys)
     assert "youden" not in json.dumps(before)
     assert "validation" in capsys.readouterr().out
     # The head and the LM are what they were: back to the head alone, the number is the former one again.
-    main(["--model", str(output), "--task", str(task), "--output", str(output), "--lm_reading_weight", "0"])
+    back = ["--lm_reading_weight", "0", "--threshold_method", "f1"]
+    main(["--model", str(output), "--task", str(task), "--output", str(output), *back])
     again = json.loads((output / "metrics.json").read_text())
     assert again["calibration"] == pytest.approx(before["calibration"], rel=1e-3, abs=1e-4)
     assert again["test"] == pytest.approx(before["test"], rel=1e-3, abs=1e-4)
@@ -106,6 +107,22 @@ def test_rows_of_another_place_in_a_copy_of_the_task(trained, tmp_path):
     again = json.loads((tmp_path / "back" / "metrics.json").read_text())
     assert again["credentialed"]
     assert again["test_rows_sha256"] == json.loads((former / "metrics.json").read_text())["test_rows_sha256"]
+
+
+def test_what_was_chosen_before_stays(trained, tmp_path, caplog):
+    (former, task), here = trained, tmp_path / "here"
+    fixed = ["--threshold_method", "fixed", "--fixed_threshold", "0.4", "--conformal_error_rate", "0.3"]
+    main(["--model", str(former), "--task", str(task), "--output", str(tmp_path / "fixed"), *fixed])
+    shutil.copytree(task, here)
+    rows = (here / "validation.jsonl").read_text().replace("Drug 3.", "Drug. " * 60)
+    (here / "validation.jsonl").write_text(rows)
+    again = ["--model", str(tmp_path / "fixed"), "--task", str(here), "--output", str(tmp_path / "new")]
+    with pytest.raises(SystemExit, match="Row 'validation3' of validation: The prompt is longer"):
+        main(again)
+    main([*again, "--on_bad_row", "skip"])
+    report = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert report["validation"]["rows"] == 11
+    assert (report["threshold_method"], report["threshold"], report["conformal"]["error_rate"]) == ("fixed", 0.4, 0.3)
 
 
 @pytest.mark.parametrize(

@@ -55,16 +55,20 @@ def test_another_runs_checkpoints_are_refused_or_moved_aside(task, tmp_path, cap
     claim_folder(tmp_path, first, resume=False)
     checkpoint(tmp_path, 4)
     claim_folder(tmp_path, first, resume=True)
-    claim_folder(tmp_path, first, resume=False)
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
     with pytest.raises(ValueError, match=r"of another run \(`seed` was 0, is 1\)"):
         claim_folder(tmp_path, second, resume=True)
     with caplog.at_level(logging.WARNING):
         claim_folder(tmp_path, second, resume=False)
-    assert "held checkpoints of another run (`seed` was 0, is 1)" in caplog.text
+    assert "held checkpoints of an earlier run" in caplog.text
     assert (tmp_path / "earlier-run-1" / "checkpoint-4" / "trainer_state.json").is_file()
     assert last_complete_checkpoint(tmp_path) is None
     claim_folder(tmp_path, second, resume=True)
+    # A run that starts afresh with more epochs, which a resumed one may have, does not go on from the shorter one's.
+    checkpoint(tmp_path, 8)
+    claim_folder(tmp_path, run_of(task, Arguments(seed=1, num_train_epochs=9.0)), resume=False)
+    assert (tmp_path / "earlier-run-2" / "checkpoint-8").is_dir()
+    assert last_complete_checkpoint(tmp_path) is None
 
 
 def test_checkpoints_from_before_are_taken_with_a_warning(task, tmp_path, caplog):
@@ -108,14 +112,20 @@ def test_a_run_does_not_go_on_from_another_ones_steps(task_folder, backbones, tm
     assert (output / "earlier-run-1" / "checkpoint-4").is_dir()
 
 
-def test_a_run_that_had_taken_all_its_steps_takes_no_further_one(task_folder, backbones, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("best", ["false", "true"])
+def test_a_run_that_had_taken_all_its_steps_takes_no_more(task_folder, backbones, tmp_path, best):  # noqa: F811
+    # 24 rows, 8 a step: `max_steps` ends within the second epoch. The highest loss counts as best, that is the first.
+    size = ["--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant", "--num_examples", "0"]
+    size += ["--load_best_model_at_end", best, "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
+    size += ["--save_total_limit", "3"]
+
     def run(folder, *more):
-        # 24 rows, 8 a step: `max_steps` ends within the second epoch.
-        size = ["--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant", "--num_examples", "0"]
         main([*command(task_folder, backbones["llama"], folder), *size, *more])
         return load_file(folder / "model" / "model.safetensors"), json.loads((folder / "metrics.json").read_text())
 
     before, first = run(tmp_path / "out")
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].endswith("checkpoint-2")
     after, second = run(tmp_path / "out", "--resume_from_checkpoint", "true")
     assert all(after[name].equal(tensor) for name, tensor in before.items())
     assert second["history"] == first["history"]

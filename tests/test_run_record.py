@@ -2,7 +2,7 @@
 
 import pytest
 
-from clsgen.run_record import without_local_paths, without_secrets
+from clsgen.run_record import describe_run, without_local_paths, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,20 @@ def test_tokens_and_passwords_stay_out(said, kept):
 )
 def test_of_a_path_the_last_part_stays(said, kept):
     assert without_local_paths(said) == kept
+
+
+@pytest.mark.parametrize(
+    ("argv", "kept"),
+    [
+        (["--hub_token", "mirror's secret", "--seed", "1"], "--hub_token ... --seed 1"),
+        (["--hub-token=mirror's secret", "--hub_model_id", "me/x"], "--hub-token=... --hub_model_id me/x"),
+        (["--hub_tok", "s"], "--hub_tok ..."),  # argparse takes the start of a name, too
+    ],
+)
+def test_what_is_given_as_a_token_stays_out_whatever_it_looks_like(argv, kept):
+    assert describe_run("train_sft_cls.py", argv)["command"] == f"python train_sft_cls.py {kept}"
+
+
+def test_a_machine_without_git_has_a_record_without_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe_run("train_sft_cls.py", [])["commit"] is None

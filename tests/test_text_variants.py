@@ -3,7 +3,10 @@
 from itertools import accumulate, pairwise
 
 import pytest
+from accelerate.data_loader import prepare_data_loader
+from conftest import build
 from test_training import arguments
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from clsgen.epoch_sampler import EpochSampler
@@ -82,6 +85,33 @@ def test_each_epoch_has_the_training_rows_and_texts_of_its_own(model, task_rows,
     assert recorder.epochs[0] != labelled + texts[:half]
 
 
+@pytest.mark.parametrize(("strategy", "count"), [("random", 0), ("random", 2), ("group_by_length", 2)])
+def test_a_process_of_two_goes_on_in_the_order_of_the_epoch_it_was_in(backbones, task_rows, tmp_path, strategy, count):
+    def run(folder, resume=None):
+        settings = {"verdict_weight": 1.0, "verdict_texts": count, "max_steps": -1, "num_train_epochs": 2}
+        settings |= {"train_sampling_strategy": strategy, "save_strategy": "steps", "save_steps": 1}
+        trainer = ClsGenSFTTrainer(build(backbones["llama"]), arguments(folder, **settings), task_rows)
+        recorder = BatchRecorder(trainer)
+
+        def loader_of_the_second_process():
+            plain = DataLoader(
+                trainer.train_dataset.select_columns(["input_ids", "labels", "cls_labels", "verdicts"]),
+                batch_size=4,
+                sampler=trainer._get_train_sampler(),
+                collate_fn=trainer.data_collator,
+            )
+            return prepare_data_loader(plain, num_processes=2, process_index=1)
+
+        trainer.get_train_dataloader = loader_of_the_second_process
+        trainer.train(resume_from_checkpoint=resume)
+        return recorder.epochs
+
+    whole = run(tmp_path / "whole")
+    steps = len(whole[0]) // 4
+    (resumed,) = run(tmp_path / "resumed", str(tmp_path / "whole" / f"checkpoint-{steps + 1}"))
+    assert resumed == whole[1][4:]
+
+
 def test_a_column_of_the_users_own_drops_no_row(model, task_rows, tmp_path):
     rows = task_rows.add_column("epoch", list(range(len(task_rows))))
     trainer = ClsGenSFTTrainer(model, arguments(tmp_path, train_sampling_strategy="group_by_length"), rows)
@@ -98,9 +128,8 @@ def test_packing_keeps_the_texts_of_epochs_apart(model, task_rows):
             starts = [0, *accumulate(lengths)]
             if e == epoch:
                 assert {tuple(ids[a:b]) for a, b in pairwise(starts)} <= of_epoch
-    sampler = EpochSampler(list(packed[EPOCH]), seed=0)
     for epoch in range(4):
-        sampler.set_epoch(epoch)
+        sampler = EpochSampler(list(packed[EPOCH]), seed=0, epoch=lambda epoch=epoch: epoch)
         order = list(sampler)
         assert len(order) == len(sampler)
         assert {packed[EPOCH][i] for i in order} == {None, epoch % 3}

@@ -15,7 +15,7 @@ from clsgen.classification_metrics import classification_metrics
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.tasks import load_task
 from clsgen.train_arguments import RECIPES, ModelArguments, TaskArguments, parse_reads, split_off_recipe
-from clsgen.train_sft_cls import build_model, main
+from clsgen.train_sft_cls import build_model, main, train
 
 
 @pytest.fixture
@@ -134,6 +134,26 @@ def test_a_test_split_without_labels_is_not_scored(task_folder, backbones, tmp_p
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
+def test_a_row_that_cannot_fit_is_found_in_any_split_before_training(task_folder, backbones, tmp_path, caplog):
+    for split, place in (("train", 3), ("test", 1)):
+        path = task_folder / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[place]["claim"] = "Drug. " * 60
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(
+            ValueError, match=rf"Row '{split}{place}' of {split}: The prompt is longer than 260 .* skip"
+        ):
+            main(command(task_folder, backbones["llama"], tmp_path / "out"))
+        if split == "train":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["id"] != f"{split}{place}"))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    with caplog.at_level(logging.WARNING):
+        main(command(task_folder, backbones["llama"], tmp_path / "out", "--on_bad_row", "skip"))
+    assert "tiny/test: skipped 1 row(s). Row 'test1' of test: The prompt is longer" in caplog.text
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (report["train_rows"]["rows"], report["test"]["rows"]) == (23, 9)
+
+
 @pytest.mark.parametrize("label", [1, None])
 def test_a_validation_split_without_both_classes_is_refused_before_training(task_folder, tmp_path, label):
     change_labels(task_folder, "validation", label)
@@ -187,6 +207,32 @@ def test_flags_override_the_recipe_and_unknown_keys_are_errors(task_folder, back
     assert (report["seed"], report["cls_reads"]) == (4, [[1, "mean"]])
 
 
+def test_a_recipe_is_kept_as_it_was_without_its_secrets(task_folder, backbones, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env: {MIRROR_KEY: secret-1}\nhub_token: secret-2\nseed: 3\nreport_to: none\n")
+    monkeypatch.setenv("MIRROR_KEY", "")
+
+    def train_while_the_recipe_goes(*args):
+        recipe.unlink()
+        return train(*args)
+
+    monkeypatch.setattr("clsgen.train_sft_cls.train", train_while_the_recipe_goes)
+    probe_alone = ["--num_train_epochs", "0", "--max_steps", "-1", "--num_examples", "0"]
+    main(["--config", str(recipe), *command(task_folder, backbones["llama"], tmp_path / "out", *probe_alone)])
+    assert (tmp_path / "out" / "model" / "recipe.yaml").read_text() == "seed: 3\nreport_to: none\n"
+
+
+@pytest.mark.parametrize("more", [(), ("--use_peft", "false"), ("--num_train_epochs", "0", "--max_steps", "-1")])
+def test_a_number_is_calibrated_as_the_checkpoint_computes_it(task_folder, backbones, tmp_path, more):
+    settings = ["--bf16", "true", "--use_cpu", "true", "--lm_reading_weight", "0", "--num_examples", "0", *more]
+    main(command(task_folder, backbones["llama"], tmp_path / "out", *settings))
+    model = AutoModel.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True)
+    rows = load_task(task_folder).splits["test"]
+    predictions = model.classify([{"findings": row["findings"], "claim": row["claim"]} for row in rows])
+    saved = json.loads((tmp_path / "out" / "test_predictions.json").read_text())
+    assert [p.logit for p in predictions] == pytest.approx([row["logit"] for row in saved], rel=1e-4, abs=1e-4)
+
+
 def test_a_task_without_a_recipe_of_its_own_takes_that_for_any(tmp_path):
     copy = tmp_path / "clinifact"
     shutil.copytree(RECIPES.parent / "data" / "clinifact", copy)
@@ -222,6 +268,9 @@ def test_bad_arguments_are_named(task_folder, backbones, tmp_path):
         main(command(task_folder, backbones["llama"], blocked / "out"))
     with pytest.raises(ValueError, match="this backbone has 4 layers"):
         main(command(task_folder, backbones["llama"], tmp_path / "out", "--lora_first_layer", "4"))
+    best = ["--load_best_model_at_end", "true", "--metric_for_best_model", "eval_auroc", "--lm_reading_weight", "0.7"]
+    with pytest.raises(ValueError, match=r"auroc is the head's alone during training.*take `eval_loss`"):
+        main(command(task_folder, backbones["llama"], tmp_path / "out", *best))
     with pytest.raises(ValueError, match="or `auto`, got 'upper'"):
         main(command(task_folder, backbones["llama"], tmp_path / "out", "--lora_first_layer", "upper"))
     with pytest.raises(ValueError, match="cls_reads"):

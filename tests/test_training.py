@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import build
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clsgen.batching_clsgen import alike
 from clsgen.losses_clsgen import IGNORE_INDEX
@@ -322,6 +323,35 @@ def test_a_soft_label_counts_for_the_nearer_class(model, task_rows, tmp_path):
         assert metrics[1][f"eval_{name}"] == metrics[0][f"eval_{name}"]
 
 
+def test_an_adapter_of_the_users_own_trains_the_head_or_is_refused(model, task_rows, tmp_path):
+    frozen = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r'No weight of the head would train.*modules_to_save=\["cls_head"\]'):
+        ClsGenSFTTrainer(frozen, arguments(tmp_path), task_rows)
+    ClsGenSFTTrainer(frozen, arguments(tmp_path, cls_weight=0.0), task_rows)
+    whole = get_peft_model(frozen.unload(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["cls_head"]))
+    trainer = ClsGenSFTTrainer(whole, arguments(tmp_path), task_rows)
+    before = weights(trainer.model, "cls_head")
+    trainer.train()
+    assert min(moved(before, weights(trainer.model, "cls_head")).values()) > 0
+
+
+class NoFloat64(TorchDispatchMode):
+    """Has no float64, as Apple's GPUs have none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            raise TypeError(f"{function}: no float64 on this device")
+        return found
+
+
+def test_both_losses_do_without_float64(model, task_rows, tmp_path):
+    trainer = ClsGenSFTTrainer(model, arguments(tmp_path, verdict_weight=1.0), task_rows, eval_dataset=task_rows)
+    with NoFloat64():
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_balanced_pos_weight_and_head_learning_rate(model, task_rows, tmp_path):
     rows = task_rows.select([0, 2, 4, 1])
     trainer = ClsGenSFTTrainer(
@@ -460,6 +490,8 @@ def test_refusals(model, task_rows, tmp_path):
         ({"verdict_weight": 1.0, "verdict_texts": -1}, "must be at least 0"),
         ({"max_length": 50}, "must be larger than"),
         ({"loss_type": "dft"}, "loss_type"),
+        ({"chat_template_path": "chat.jinja"}, "`chat_template_path` would change the prompts"),
+        ({"trust_remote_code": True}, "`trust_remote_code` has no meaning here"),
     ):
         with pytest.raises(ValueError, match=message):
             arguments(tmp_path, **kwargs)
