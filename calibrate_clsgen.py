@@ -22,7 +22,14 @@ from clsgen.checkpoint_folder import write_checkpoint
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.prompting_clsgen import TaskPrompt
 from clsgen.run_record import describe_run
-from clsgen.scoring import SCORED, CalibrationArguments, check_validation_split, classified, measure, table
+from clsgen.scoring import (
+    SCORED,
+    CalibrationArguments,
+    calibrate_and_test,
+    check_validation_split,
+    logits_and_labels,
+    table,
+)
 from clsgen.tasks import Task, load_task, rows_that_fit
 
 
@@ -72,7 +79,9 @@ def recalibrate(arguments: RecalibrationArguments, argv: list[str] | None = None
     task = rows_that_fit(task, model.encoder, arguments.on_bad_row)
     check_validation_split(task)
     arguments = replace(arguments, threshold_method=arguments.threshold_method or former.get("threshold_method"))
-    metrics, predictions = measure(model.config, task, lambda _, rows: classified(model, rows), arguments)
+    metrics, predictions = calibrate_and_test(
+        model.config, task, lambda _, rows: logits_and_labels(model, rows), arguments
+    )
     report = {name: value for name, value in former.items() if name not in SCORED}
     report |= {**metrics, "credentialed": former.get("credentialed", False) or task.credentialed}
     report["recalibration"] = describe_run("calibrate_clsgen.py", argv or [])

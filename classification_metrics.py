@@ -7,6 +7,8 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, log_loss, roc_auc_score
 
 ECE_BINS = 15
+# Those that a training logs, a run prints and a card shows.
+HEADLINE_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
 MIN_ROWS_PER_BIN = 10
 # The resolution of float32: a probability can't be told from 0 or 1 beyond it.
 LOG_LOSS_CLIP = 1e-7

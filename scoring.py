@@ -17,15 +17,14 @@ from clsgen.calibration import (
     conformal_quantiles,
     fit_temperature_and_bias,
 )
-from clsgen.classification_metrics import classification_metrics
+from clsgen.classification_metrics import HEADLINE_METRICS, classification_metrics
 from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
-from clsgen.publishing.cards import CARD_METRICS
 from clsgen.tasks import Task, class_counts, rows_digest
 from clsgen.training_rows import hard_labels
 
 logger = logging.getLogger(__name__)
-# What [`measure`] tells of splits in a run's report.
+# What [`calibrate_and_test`] tells of splits in a run's report.
 SCORED = ("validation", "validation_uncalibrated", "test", "test_uncalibrated", "test_conformal", "test_rows_sha256")
 
 
@@ -106,7 +105,7 @@ def check_validation_split(task: Task) -> None:
         )
 
 
-def classified(model: ClsGenForCausalLMAndClassification, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def logits_and_labels(model: ClsGenForCausalLMAndClassification, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The number's logits before calibration (float64) and the [`hard_labels`] of a task's labelled rows."""
     texts = [{field: row[field] for field in model.encoder.prompt.fields} for row in rows]
     logits = [prediction.logit for prediction in model.classify_iter(texts, progress=True)]
@@ -164,10 +163,10 @@ def score_test_split(
     return metrics, predictions
 
 
-def measure(
+def calibrate_and_test(
     config: ClsGenConfig,
     task: Task,
-    decide: Callable[[str, Dataset], tuple[np.ndarray, np.ndarray]],
+    score_split: Callable[[str, Dataset], tuple[np.ndarray, np.ndarray]],
     options: CalibrationArguments,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Calibrates a finished model on a task's validation split and scores its test split, where there are such.
@@ -175,7 +174,7 @@ def measure(
     Args:
         config ([`ClsGenConfig`]): The model's.
         task ([`Task`]): Rows without a label are left out.
-        decide (`Callable`): What makes logits and labels, as [`calibrate`] takes them, of a split's name and rows.
+        score_split (`Callable`): What makes logits and labels, as [`calibrate`] takes them, of a split's name and rows.
         options ([`CalibrationArguments`]): How to calibrate.
 
     Returns:
@@ -191,10 +190,10 @@ def measure(
             logger.info("%s: %d of %d rows have a label and are scored", name, len(rows), len(task.splits[name]))
             labelled[name] = rows
     if "validation" in labelled:
-        report |= calibrate(config, *decide("validation", labelled["validation"]), options)
+        report |= calibrate(config, *score_split("validation", labelled["validation"]), options)
     if labelled.get("test"):
         rows = labelled["test"]
-        metrics, predictions = score_test_split(config, *decide("test", rows), rows["id"])
+        metrics, predictions = score_test_split(config, *score_split("test", rows), rows["id"])
         report |= {**metrics, "test_rows_sha256": rows_digest(rows)}
     stored = ("calibration", "base_rate", "conformal", "threshold", "pos_weight", "lm_reading_weight")
     return {**report, **{name: getattr(config, name) for name in stored}}, predictions
@@ -202,10 +201,10 @@ def measure(
 
 def table(report: dict[str, Any]) -> str:
     """The report's splits as an aligned text table."""
-    lines = [f"{'':24}" + "".join(f"{name:>18}" for name in CARD_METRICS)]
+    lines = [f"{'':24}" + "".join(f"{name:>18}" for name in HEADLINE_METRICS)]
     for split in ("validation_uncalibrated", "validation", "test_uncalibrated", "test"):
         if split in report:
-            values = [report[split][name] for name in CARD_METRICS]
+            values = [report[split][name] for name in HEADLINE_METRICS]
             lines.append(
                 f"{split:24}" + "".join("undefined".rjust(18) if math.isnan(v) else f"{v:18.3f}" for v in values)
             )

@@ -51,9 +51,10 @@ class TaskArguments(CalibrationArguments):
     save_adapter: bool = field(
         default=False, metadata={"help": "Save the LoRA adapter too, beside the checkpoint that it is merged into."}
     )
-    num_examples: int = field(
-        default=3, metadata={"help": "Predictions with explanations to show at the end, and to keep for the card."}
-    )
+    num_examples: int | None = field(
+        default=None, metadata={"help": "Predictions with explanations to show at the end, and to keep for the card, "
+                                        "with their texts. Default: 3, and 0 where the task is credentialed."}
+    )  # fmt: skip
     model_license: str | None = field(
         default=None, metadata={"help": "With `--push_to_hub`: the Hub's id of it; by default the base model's."}
     )

@@ -27,6 +27,7 @@ from trl import TrlParser, get_peft_config, get_quantization_config
 from clsgen.atomic_io import write_json
 from clsgen.backbones import DEQUANTIZED_SOURCE, dequantized_folder, resolve_backbone
 from clsgen.checkpoint_folder import write_checkpoint
+from clsgen.classification_metrics import HEADLINE_METRICS
 from clsgen.frozen_layers import FrozenLayers
 from clsgen.modeling_clsgen import ClsGenForCausalLMAndClassification
 from clsgen.publishing.examples import write_examples
@@ -43,13 +44,12 @@ from clsgen.resuming import (
     take_up_finished,
 )
 from clsgen.run_record import describe_run, peak_memory_mib
-from clsgen.scoring import check_validation_split, classified, measure, table
+from clsgen.scoring import calibrate_and_test, check_validation_split, logits_and_labels, table
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.sharding import check_launch, gather_model
 from clsgen.tasks import Task, class_counts, load_task, rows_that_fit
 from clsgen.train_arguments import AUTO, ModelArguments, TaskArguments, parse_reads, read_recipe, split_off_recipe
 from clsgen.trainer_clsgen import (
-    EVALUATION_METRICS,
     ClsGenSFTTrainer,
     encode_split,
     frozen_layers_dir,
@@ -189,7 +189,7 @@ def prepare_output_dir(training: ClsGenSFTConfig, arguments: TaskArguments, task
 def check_metric(arguments: TaskArguments, training: ClsGenSFTConfig) -> None:
     """Refuses to choose a checkpoint by the head alone where the number is going to be the LM's reading too."""
     metric = (training.metric_for_best_model or "").removeprefix("eval_")
-    if arguments.lm_reading_weight and metric in EVALUATION_METRICS:
+    if arguments.lm_reading_weight and metric in HEADLINE_METRICS:
         raise ValueError(
             f"`metric_for_best_model` {metric} is the head's alone during training, but with `lm_reading_weight` "
             f"{arguments.lm_reading_weight} the number is the LM's reading too: take `eval_loss`."
@@ -266,14 +266,14 @@ def finish(
     config, training = base.config, trainer.args
     report["history"] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 
-    def decide(name: str, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    def score_split(name: str, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         if config.lm_reading_weight:
-            return classified(base, rows)
-        return trainer.decisions(
+            return logits_and_labels(base, rows)
+        return trainer.logits_and_labels(
             trainer.predict(encode_split(rows, base.encoder, training, name), metric_key_prefix=name)
         )
 
-    metrics, predictions = measure(config, task, decide, arguments)
+    metrics, predictions = calibrate_and_test(config, task, score_split, arguments)
     report.update(
         metrics,
         cls_reads=config.cls_reads,
@@ -348,6 +348,8 @@ def main(argv: list[str] | None = None, run: dict[str, Any] | None = None) -> No
     check_metric(arguments, training)
     task = load_task(arguments.task, arguments.data_dir, on_bad_row=arguments.on_bad_row)
     check_validation_split(task)
+    if arguments.num_examples is None:
+        arguments.num_examples = 0 if task.credentialed else 3
     output_dir = prepare_output_dir(training, arguments, task)
     training.resume_from_checkpoint = resumption(training.resume_from_checkpoint)
     clock = TrainingClock(output_dir / "seconds.json", goes_on=training.resume_from_checkpoint is not None)

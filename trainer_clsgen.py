@@ -16,7 +16,7 @@ from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from clsgen.classification_metrics import classification_metrics
+from clsgen.classification_metrics import HEADLINE_METRICS, classification_metrics
 from clsgen.epoch_sampler import EpochSampler
 from clsgen.frozen_layers import FrozenLayers, first_trained_layer
 from clsgen.losses_clsgen import IGNORE_INDEX, supervised_positions, verdict_loss, verdict_positions
@@ -36,7 +36,6 @@ from clsgen.training_rows import (
 )
 
 LOSSES = {"lm_loss": "lm_weight", "cls_loss": "cls_weight", "verdict_loss": "verdict_weight"}
-EVALUATION_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
 
 
 def resolve_pos_weight(pos_weight: str, rows: Dataset, cls_bias: bool) -> float:
@@ -94,7 +93,7 @@ class ClsGenSFTTrainer(SFTTrainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*): Defaults to the model's tokenizer.
         peft_config (`PeftConfig`, *optional*): For the backbone; prompt learning is refused.
         kwargs: As for [`SFTTrainer`]. `compute_metrics` takes the place of the metrics of the head's probabilities; of
-            what it is given, [`ClsGenSFTTrainer.decisions`] makes logits and labels.
+            what it is given, [`ClsGenSFTTrainer.logits_and_labels`] makes logits and labels.
 
     Raises:
         TypeError: for another model class.
@@ -344,14 +343,14 @@ class ClsGenSFTTrainer(SFTTrainer):
         return output
 
     def _classification_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        logits, labels = self.decisions(prediction)
+        logits, labels = self.logits_and_labels(prediction)
         if not len(labels):
             return {}
         probabilities = 1 / (1 + np.exp(-logits))
         metrics = classification_metrics(labels, probabilities)
-        return {name: metrics[name] for name in EVALUATION_METRICS}
+        return {name: metrics[name] for name in HEADLINE_METRICS}
 
-    def decisions(self, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
+    def logits_and_labels(self, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
         """Logits (corrected for `pos_weight`, float64) and [`hard_labels`] of predicted decisions, in row order."""
         config = self.accelerator.unwrap_model(self.model).config
         labels = np.asarray(prediction.label_ids).ravel()

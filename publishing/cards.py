@@ -10,12 +10,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from clsgen.classification_metrics import HEADLINE_METRICS
 from clsgen.configuration_clsgen import ClsGenConfig
 from clsgen.prompting_clsgen import TaskPrompt, fill_template
 from clsgen.run_record import without_local_paths
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-CARD_METRICS = ("auroc", "average_precision", "f1", "accuracy", "brier", "ece")
 METRIC_IDS = {"auroc": "roc_auc", "brier": "brier_score"}  # as the Hub calls them, where it has another name
 SPLITS = ("validation", "test")
 TAGS = ["clsgen", "dual-head", "explanation", "calibration", "custom_code"]
@@ -69,7 +69,7 @@ def model_card(
         base_model=base_model,
         base_model_relation=({"adapter": "adapter"}.get(variant, "finetune") if base_model else None),
         datasets=[dataset_id] if dataset_id else None,
-        metrics=[METRIC_IDS.get(name, name) for name in CARD_METRICS] if report.get("test") else None,
+        metrics=[METRIC_IDS.get(name, name) for name in HEADLINE_METRICS] if report.get("test") else None,
         eval_results=_eval_results(report, *((dataset_id, dataset_revision) if of_dataset else (None, None))),
         model_name=(repo_id or f"clsgen/{report['task']}").rpartition("/")[2],
         widget=[_widget_example(example, prompt) for example in examples] or None,
@@ -145,7 +145,7 @@ def _table_rows(content: str) -> dict[str, list[str]]:
 def _table(report: dict[str, Any]) -> dict[str, list[str]]:
     """What the rows of a card's tables have to say."""
     rows = {
-        split: [*(_number(report[split][name]) for name in CARD_METRICS), str(report[split]["rows"])]
+        split: [*(_number(report[split][name]) for name in HEADLINE_METRICS), str(report[split]["rows"])]
         for split in SPLITS
         if report.get(split)
     }
@@ -190,7 +190,7 @@ def _eval_results(
             metric_name=name,
             metric_value=round(report["test"][name], 4),
         )
-        for name in (CARD_METRICS if report.get("test") else ())
+        for name in (HEADLINE_METRICS if report.get("test") else ())
         if _number(report["test"][name]) != "undefined"
     ]
     return results or None
@@ -233,7 +233,7 @@ def _python_literal(examples: list[dict[str, Any]], prompt: TaskPrompt) -> str:
 def _words(config: ClsGenConfig, report: dict[str, Any], examples: list[dict[str, Any]]) -> dict[str, Any]:
     """The parts of a card that are made of the config, the report and the examples."""
     table = _table(report)
-    head = "| split | " + " | ".join((*CARD_METRICS, "rows")) + " |\n" + "|---" * (len(CARD_METRICS) + 2) + "|"
+    head = "| split | " + " | ".join((*HEADLINE_METRICS, "rows")) + " |\n" + "|---" * (len(HEADLINE_METRICS) + 2) + "|"
     results = [f"| {split} | {' | '.join(table[split])} |" for split in SPLITS if split in table]
     conformal = config.conformal and (
         f"Prediction sets rule labels out at an error rate of {config.conformal['error_rate']:g} in either class "

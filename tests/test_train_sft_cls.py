@@ -118,6 +118,20 @@ def test_without_a_validation_split_calibration_is_skipped_and_the_card_says_so(
     assert "no validation split" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
+def test_a_checkpoint_holds_no_text_of_a_credentialed_task(task_folder, backbones, tmp_path):
+    with (task_folder / "task.yaml").open("a") as file:
+        file.write("credentialed: true\n")
+    arguments = command(
+        task_folder, backbones["llama"], tmp_path / "out", "--num_train_epochs", "0", "--max_steps", "-1"
+    )
+    place = arguments.index("--num_examples")
+    main(arguments[:place] + arguments[place + 2 :])
+    texts = [json.loads(line)["findings"] for line in (task_folder / "test.jsonl").read_text().splitlines()]
+    written = [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".md", ".jsonl")]
+    assert (tmp_path / "out" / "model" / "README.md") in written
+    assert not [path for path in written if any(text in path.read_text() for text in texts)]
+
+
 def change_labels(task_folder, split, label):
     path = task_folder / f"{split}.jsonl"
     rows = [{**json.loads(line), "label": label} for line in path.read_text().splitlines()]

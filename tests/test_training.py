@@ -299,7 +299,7 @@ def test_evaluation_metrics_are_those_of_the_heads_probabilities(model, task_row
 
 def test_own_metrics_replace_the_usual_ones(model, task_rows, tmp_path):
     def own_metrics(prediction):
-        return {"decisions": len(trainer.decisions(prediction)[1])}
+        return {"decisions": len(trainer.logits_and_labels(prediction)[1])}
 
     trainer = ClsGenSFTTrainer(
         model, arguments(tmp_path), task_rows, eval_dataset=task_rows, compute_metrics=own_metrics
