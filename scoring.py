@@ -174,7 +174,7 @@ def calibrate_and_test(
     Args:
         config ([`ClsGenConfig`]): The model's.
         task ([`Task`]): Rows without a label are left out.
-        score_split (`Callable`): What makes logits and labels, as [`calibrate`] takes them, of a split's name and rows.
+        score_split (`Callable`): Makes logits and labels, as [`calibrate`] takes them, of a split's name and rows.
         options ([`CalibrationArguments`]): How to calibrate.
 
     Returns:
