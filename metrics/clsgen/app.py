@@ -21,7 +21,7 @@ def compute(table, configuration, threshold):
             predictions=[row[0] for row in rows], references=[row[1] for row in rows], threshold=threshold
         )
     except (TypeError, ValueError) as error:
-        raise gr.Error(str(error)) from error
+        raise gr.Error(str(error), print_exception=False) from error  # the visitor reads it
     return {name: None if value != value else value for name, value in found.items()}
 
 

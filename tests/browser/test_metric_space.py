@@ -82,8 +82,9 @@ def test_a_visitor_gets_the_values_of_the_example(address, tmp_path):
     try:
         browser.open()
         submit = "//button[normalize-space()='Submit']"
-        browser.until(lambda: browser.driver.find_elements("xpath", submit), "the button")[0].click()
+        button = browser.until(lambda: browser.driver.find_elements("xpath", submit), "the button")[0]
         assert "0.75" not in browser.text("body")
+        button.click()
         browser.until(lambda: "0.75" in browser.text("body"), "the AUROC")
         browser.screenshot("metric", 1280)
     finally:
