@@ -34,6 +34,7 @@ demo = gr.Interface(
     ],
     outputs=gr.JSON(label="Values"),
     title="CLSGen metric",
+    flagging_mode="never",
     article=(FOLDER / "README.md").read_text(encoding="utf-8").split("---", 2)[2],
 )
 
