@@ -12,6 +12,13 @@ _FIELD = re.compile(r"\{(\w+)\}")
 # Private-use characters: no template, tokenizer or sane text holds them, so they mark where contents go.
 _SYSTEM, _USER, _ASSISTANT = "\ue000clsgen-s\ue001", "\ue000clsgen-u\ue001", "\ue000clsgen-a\ue001"
 _PLAIN_SKELETON = f"{_SYSTEM}\n\n{_USER}\n\nAnswer:"
+# Templates that tell today's date (Llama-3.2, SmolLM3, Granite) would make a checkpoint's numbers change with the day.
+_DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024"}
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('{directive}', '{value}')" for directive, value in _DATE.items())
+    + " }}{% endmacro %}\n"  # the line ends within the block's own, so the template behind it stays as it is
+)
 
 
 def fill_template(template: str, values: dict[str, str]) -> str:
@@ -170,7 +177,9 @@ class PromptEncoder:
         self.prefix_ids, self.suffix_ids, self.end_of_turn_id = self._encode_skeleton()
 
     def _render(self, messages: list[dict[str, str]], **kwargs) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **kwargs)
+        template = _FIXED_DATE + self.tokenizer.get_chat_template()
+        kwargs |= {"tokenize": False, "chat_template": template, "enable_thinking": False}
+        return self.tokenizer.apply_chat_template(messages, **kwargs)
 
     def _encode_skeleton(self) -> tuple[list[int], list[int], int | None]:
         """Ids before and after the user's content, and the id that ends the assistant's turn."""
