@@ -160,9 +160,17 @@ class PromptEncoder:
         tokenizer (`PreTrainedTokenizerBase`): With a chat template, or without (a plain prompt is used then).
         prompt (`TaskPrompt`): The task's prompt.
         max_length (`int`): Longest prompt, in tokens.
+
+    Raises:
+        ValueError: for a tokenizer that isn't fast, or whose chat template does not show what it is given.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: TaskPrompt, max_length: int):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is no fast tokenizer: it doesn't tell which characters a token stands "
+                "for, as cutting too long a text takes. Use one with a `tokenizer.json`."
+            )
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.max_length = max_length
@@ -171,7 +179,9 @@ class PromptEncoder:
             for token_id, token in tokenizer.added_tokens_decoder.items()
             if token.special or re.fullmatch(r"<.*>|\[.*\]", token.content)
         }
-        self._control_ids = set(control.values())
+        # An unknown character is none, unless its token has another job too (GPT-2's has all of them).
+        harmless = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        self._control_ids = set(control.values()) - harmless
         names = sorted(control, key=len, reverse=True)
         self._control_names = re.compile("|".join(map(re.escape, names))) if names else None
         self.prefix_ids, self.suffix_ids, self.end_of_turn_id = self._encode_skeleton()
