@@ -130,7 +130,8 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
             "tokens at most: lower it, or take another backbone."
         )
     # Words of the model's own run on for longer than the teacher's, and say their verdict last.
-    room = (positions or math.inf) - model.config.max_prompt_length
+    verdict = max(len(model.encoder.encode_verdict(label)) for label in (0, 1))  # stands before them
+    room = (positions or math.inf) - model.config.max_prompt_length - verdict
     model.generation_config.max_new_tokens = min(int(ROOM_TO_END * training.max_explanation_length), room)
     return model
 
