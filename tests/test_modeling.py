@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import READS, build
+from conftest import CHAT_TEMPLATE, CONFIGS, READS, VOCABULARY, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -273,7 +273,7 @@ def test_lora_trains_saves_reloads_and_merges_to_the_same_probability(model, bac
     reloaded = PeftModel.from_pretrained(build(backbones["llama"]), tmp_path).eval()
     torch.testing.assert_close(reloaded(input_ids=ids).cls_logits, expected)
     merged = reloaded.merge_and_unload()
-    torch.testing.assert_close(merged(ids).cls_logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged(ids).cls_logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_comes_back_on_its_backbone_with_the_config_of_its_model(backbones, texts, tmp_path):
@@ -304,7 +304,7 @@ def test_activation_checkpointing_keeps_gradients(model, use_reentrant):
     model.enable_input_require_grads()
     model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_compiles_without_a_graph_break(model):
@@ -321,7 +321,7 @@ def test_resizing_embeddings_keeps_both_heads(model):
     model.resize_token_embeddings(320)
     output = model(ids)
     assert output.logits.shape[-1] == 320
-    torch.testing.assert_close(output.logits[..., :300], expected.logits)
+    torch.testing.assert_close(output.logits[..., :VOCABULARY], expected.logits)
     torch.testing.assert_close(output.cls_logits, expected.cls_logits)
 
 
