@@ -23,7 +23,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from .batching_clsgen import pad_left, pass_tokens, token_batches
-from .caching_clsgen import SharedPrefix, can_be_padded_within, joined
+from .caching_clsgen import SharedPrefix, can_be_padded_within, growing_cache, joined
 from .prompting_clsgen import TaskPrompt
 
 # Options of `generate` that mean the same when a batch is generated in several calls, each from where the last ended.
@@ -183,11 +183,11 @@ class Prefill:
     def write_verdicts(self, labels: list[int]) -> None:
         """Lets each explanation begin with the verdict line of a label: 0 or 1, one a row."""
         self.given = labels
-        scale, length = self.model.config.explanation_guidance_scale, self.length
+        scale = self.model.config.explanation_guidance_scale
         if scale != 1:
-            self._append([self._verdict_lines[1 - label] for label in labels])
-            self._guidance = VerdictGuidance(scale, self.model, self.batch, copy.deepcopy(self.cache))
-            self._rewind(length)
+            other = self.copy()
+            other._append([self._verdict_lines[1 - label] for label in labels])
+            self._guidance = VerdictGuidance(scale, self.model, other.batch, other.cache)
         self._append([self._verdict_lines[label] for label in labels])
 
     @property
@@ -201,9 +201,15 @@ class Prefill:
 
     def _append(self, rows: list[list[int]], logits_to_keep: int = 1) -> torch.FloatTensor:
         """Lets each row go on with these ids; returns the logits that predict the last `logits_to_keep` of them."""
-        start = self.length - 1
-        new = pad_left(rows, self.model.pad_token_id, self.model.device)
-        self.batch = {name: torch.cat([self.batch[name], new[name]], dim=1) for name in new}
+        if len({*map(len, rows)}) == 1 or can_be_padded_within(self.cache):
+            start = self.length - 1
+            new = pad_left(rows, self.model.pad_token_id, self.model.device)
+            self.batch = {name: torch.cat([self.batch[name], new[name]], dim=1) for name in new}
+        else:  # computed again, so that all padding stands before the prompts
+            start, self.cache = 0, growing_cache(self.model.config.text_config)
+            prompts = zip(self.batch["input_ids"], self.batch["attention_mask"], strict=True)
+            whole = [ids[mask.bool()].tolist() + row for (ids, mask), row in zip(prompts, rows, strict=True)]
+            self.batch = dict(pad_left(whole, self.model.pad_token_id, self.model.device))
         ids, mask = self.batch["input_ids"][:, start:-1], self.batch["attention_mask"][:, :-1]
         past = {"past_key_values": self.cache, "logits_to_keep": logits_to_keep}
         return self.model(input_ids=ids, attention_mask=mask, **past).logits
