@@ -241,7 +241,7 @@ class Prefill:
         if mode != GenerationMode.ASSISTED_GENERATION:  # that reads the whole prompt, also what a cache holds already
             if (settled.num_beams or 1) > 1:  # `generate` repeats the ids for its beams, but not a cache
                 self.cache.batch_repeat_interleave(settled.num_beams)
-            options["past_key_values"] = self.cache
+            options |= {"past_key_values": self.cache, "use_cache": True}  # MPT's configs say it is not to be used
         return {**self.batch, **options, "return_dict_in_generate": False}
 
     def explain(self, generate_kwargs: dict[str, Any]) -> list[tuple[int | None, str]]:
