@@ -31,6 +31,10 @@ _RESUMABLE = {
     "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty",
     "no_repeat_ngram_size", "bad_words_ids",
 }  # fmt: skip
+# Stored options that don't: each call would count anew.
+_COUNTED_ANEW = (
+    "min_new_tokens", "exponential_decay_length_penalty", "begin_suppress_tokens", "max_time", "stop_strings",
+)  # fmt: skip
 
 STREAM_THREAD = "clsgen-stream"
 logger = logging.get_logger(__name__)
@@ -222,6 +226,8 @@ class Prefill:
     def start(self, generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         """The arguments of `generate` that go on from here, with the caller's options. They use this prefill up."""
         config, options = self.model.config, dict(generate_kwargs or {})
+        if options.get("max_new_tokens", 0) is None:
+            del options["max_new_tokens"]
         settled = _settled(self.model.generation_config, options)
         if "max_length" not in options:
             options.setdefault("max_new_tokens", settled.max_new_tokens or 128)
@@ -254,6 +260,7 @@ class Prefill:
             raise ValueError("`num_return_sequences` must be 1: a prediction holds one explanation.")
         inputs = self.start(generate_kwargs)
         resumable = set(generate_kwargs) <= _RESUMABLE and (settled.num_beams or 1) == 1
+        resumable = resumable and not any(getattr(settled, name, None) for name in _COUNTED_ANEW)
         droppable = len(self.cls_logits) > 3 and resumable and _can_lose_rows(self.cache)
         rows = (generate_dropping_ended_rows if droppable else _generate_whole_batch)(self.model, inputs)
         texts = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -309,8 +316,6 @@ def generate_dropping_ended_rows(model: Any, inputs: dict[str, Any]) -> list[lis
         ids = model.generate(**{**inputs, **changed, "stopping_criteria": criteria})
         ended = torch.isin(ids[:, start:], stop_ids)
         finished = ended.any(dim=1) if ids.shape[1] < end else torch.ones_like(going, dtype=torch.bool)
-        if not finished.any():  # something else ended it, such as stop strings of the stored generation config
-            finished = torch.ones_like(finished)
         for row in finished.nonzero()[:, 0].tolist():
             length = int(ended[row].int().argmax()) + 1 if ended[row].any() else ids.shape[1] - start
             new_ids[going[row]] = ids[row, start : start + length].tolist()
