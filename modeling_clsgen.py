@@ -59,6 +59,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules = {"cls_head"}  # noqa: RUF012  # what no quantiser converts
     _keep_in_fp32_modules_strict = {"cls_head"}  # noqa: RUF012
 
     def __init__(self, config: ClsGenConfig, lm: PreTrainedModel | None = None):
