@@ -30,6 +30,7 @@ class Prediction:
     Args:
         label (`str`): Name of the label given.
         label_id (`int`): 1 where `probability >= threshold`, else 0.
+        positive_label (`str`): Name of label 1.
         probability (`float`): Calibrated, of label 1.
         logit (`float`): Before calibration: of the head, corrected for the `pos_weight` of training, and pooled with
             the LM's reading where the model's `lm_reading_weight` says so.
@@ -50,6 +51,7 @@ class Prediction:
 
     label: str
     label_id: int
+    positive_label: str
     probability: float
     logit: float
     threshold: float
@@ -82,7 +84,7 @@ class Prediction:
         return {**values, "disagreement": self.disagreement, "abstained": self.abstained}
 
     def __str__(self) -> str:
-        notes = [f"probability {self.probability:.3f}", f"threshold {self.threshold:.3f}"]
+        notes = [f"P({self.positive_label}) = {self.probability:.3f}", f"threshold {self.threshold:.3f}"]
         if self.prior is not None:
             notes.append(f"at a base rate of {self.prior:g}")
         head = f"{self.label} ({', '.join(notes)})"
@@ -228,6 +230,7 @@ class DecisionRule:
                 Prediction(
                     label=self.labels[label_id],
                     label_id=label_id,
+                    positive_label=self.labels[1],
                     probability=probability,
                     logit=logit,
                     threshold=self.threshold,

@@ -164,8 +164,8 @@ def show_examples(examples: list[dict[str, Any]]) -> None:
     for example in examples:
         prediction = example["prediction"]
         print(f"\n[{example['id']}] " + " | ".join(f"{name}: {text}" for name, text in example["text"].items()))
-        print(f"  {prediction['label']} (probability {prediction['probability']:.3f}, ", end="")
-        print(f"threshold {prediction['threshold']:.3f}): {prediction['explanation']}")
+        print(f"  {prediction['label']} (P({prediction['positive_label']}) = {prediction['probability']:.3f}", end="")
+        print(f", threshold {prediction['threshold']:.3f}): {prediction['explanation']}")
         print(f"  gold label: {example['gold'] or 'none'}; the LM alone: {prediction['lm_probability']}")
 
 

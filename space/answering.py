@@ -122,7 +122,10 @@ class Answerer:
 
     def _spoken(self, prediction: Any) -> str:
         """The answer, as a screen reader says it."""
-        number = f"{rendering.readable(prediction.label)}, probability {rendering.percent(prediction.probability)}"
+        number = (
+            f"{rendering.readable(prediction.label)}, probability of {rendering.readable(self.labels[1])} "
+            f"{rendering.percent(prediction.probability)}"
+        )
         notes = (title for title, _ in rendering.warnings(prediction, self.labels, self.error_rate))
         return ". ".join([number, *notes, ""])
 

@@ -285,7 +285,8 @@ def report(rows: Sequence[Any], labels: Sequence[str], preview: int) -> str:
         for row in answered
     )
     caption = "Answers" if len(answered) <= preview else f"The first {preview} answers; the file has all"
-    parts.append(table(("Row", "Verdict", "Probability", "Uncertain", "Shortened"), _first(cells, preview), caption))
+    columns = ("Row", "Verdict", f"Probability of {readable(labels[1])}", "Uncertain", "Shortened")
+    parts.append(table(columns, _first(cells, preview), caption))
     return f'<section class="card">{"".join(parts)}</section>'
 
 

@@ -118,7 +118,7 @@ def test_calibration_threshold_and_labels(model, texts):
     model.config.threshold = 0.0
     assert model.classify(texts[0]).label == "supported"
     assert json.loads(json.dumps(prediction.to_dict()))["threshold"] == 0.999
-    assert "not_supported (probability" in str(prediction)
+    assert "not_supported (P(supported) = " in str(prediction)
     assert "explained for" not in str(replace(prediction, explained_label="not_supported", explanation="It fell."))
     other = replace(prediction, explained_label="supported", explanation="It rose.")
     assert str(other).endswith(", explained for supported: It rose.")

@@ -44,7 +44,7 @@ def test_prediction_sets_and_abstention():
     certain, ruled_out, _ = rule(conformal_quantiles=(0.6, 0.3)).predict(logits, [False] * 3)
     assert not certain.abstained
     assert (ruled_out.label, ruled_out.abstained) == ("yes", True)
-    assert "yes (probability 0.500, threshold 0.500), uncertain: no by its prediction set" in str(ruled_out)
+    assert "yes (P(yes) = 0.500, threshold 0.500), uncertain: no by its prediction set" in str(ruled_out)
     unsure = rule(conformal_quantiles=(0.6, 0.6)).predict(logits, [False] * 3)[1]
     assert unsure.prediction_set == ("no", "yes")
     assert unsure.abstained
@@ -80,7 +80,7 @@ def test_the_lms_reading_moves_with_the_base_rate():
 
 def test_a_prediction_is_json():
     prediction = Prediction(
-        "yes", 1, 0.8, 1.4, 0.5, explanation="Because.", lm_probability=0.3, prediction_set=("yes",),
+        "yes", 1, "yes", 0.8, 1.4, 0.5, explanation="Because.", lm_probability=0.3, prediction_set=("yes",),
         attributions=(Attribution("text", 0, 4, 0.2),),
     )  # fmt: skip
     values = json.loads(json.dumps(prediction.to_dict()))
