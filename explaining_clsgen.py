@@ -120,8 +120,8 @@ class VerdictGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
         self.log_ratio, self.held_back, self._next = self.log_ratio[rows], self.held_back[rows], self._next[rows]
 
 
-def _stop_ids(model: Any) -> torch.LongTensor:
-    stops = model.generation_config.eos_token_id
+def _stop_ids(model: Any, options: dict[str, Any] | None = None) -> torch.LongTensor:
+    stops = _settled(model.generation_config, options or {}).eos_token_id
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     return torch.tensor(stops, dtype=torch.long, device=model.device)
 
@@ -250,8 +250,8 @@ class Prefill:
             options |= {"past_key_values": self.cache, "use_cache": True}  # MPT's configs say it is not to be used
         return {**self.batch, **options, "return_dict_in_generate": False}
 
-    def explain(self, generate_kwargs: dict[str, Any]) -> list[tuple[int | None, str]]:
-        """Explanations of the batch, each as [`split_words`] gives it.
+    def explain(self, generate_kwargs: dict[str, Any]) -> list[tuple[int | None, str, bool]]:
+        """Explanations of the batch, each as [`split_words`] gives it, and whether it was cut: no stop id ended it.
 
         Rows that have ended leave the batch while the others go on.
         """
@@ -265,7 +265,16 @@ class Prefill:
         rows = (generate_dropping_ended_rows if droppable else _generate_whole_batch)(self.model, inputs)
         texts = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
         given = self.given or [None] * len(texts)
-        return [split_words(self.model.encoder.prompt, *each) for each in zip(texts, given, strict=True)]
+        stops = _stop_ids(self.model, generate_kwargs).tolist()
+        return [
+            (*split_words(self.model.encoder.prompt, text, label), _cut(ids, stops))
+            for text, label, ids in zip(texts, given, rows, strict=True)
+        ]
+
+
+def _cut(ids: list[int], stops: list[int]) -> bool:
+    """Whether new ids end without one of `stops`."""
+    return not set(stops).intersection(ids)
 
 
 def split_words(prompt: TaskPrompt, text: str, given: int | None) -> tuple[int | None, str]:
@@ -330,7 +339,7 @@ def generate_dropping_ended_rows(model: Any, inputs: dict[str, Any]) -> list[lis
 
 def stream_pieces(
     model: Any, inputs: dict[str, Any], timeout: float | None = None, given: int | None = None
-) -> Generator[str, None, tuple[int | None, str]]:
+) -> Generator[str, None, tuple[int | None, str, bool]]:
     """Pieces of one explanation while it is generated in a thread; closing the generator ends the generation.
 
     Args:
@@ -339,16 +348,18 @@ def stream_pieces(
         given (`int`, *optional*): Label of the verdict line that it begins behind.
 
     Returns:
-        The whole, as [`split_words`] gives it.
+        The whole, as [`Prefill.explain`] gives it.
     """
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=timeout, skip_special_tokens=True)
-    cancelled, failures = _Cancelled(), []
+    cancelled, written, failures = _Cancelled(), [], []
     criteria = StoppingCriteriaList([*inputs.get("stopping_criteria", ()), cancelled])
 
     @torch.inference_mode()
     def generate() -> None:
         try:
-            model.generate(**{**inputs, "streamer": streamer, "stopping_criteria": criteria})
+            written.extend(
+                _generate_whole_batch(model, {**inputs, "streamer": streamer, "stopping_criteria": criteria})
+            )
         except Exception as error:  # handed to the reader, who waits for pieces in another thread
             failures.append(error)
             streamer.end()
@@ -362,7 +373,7 @@ def stream_pieces(
         thread.join()
     if failures:
         raise failures[0]
-    return explanation
+    return *explanation, _cut(written[0], _stop_ids(model, inputs).tolist())
 
 
 def _without_verdict_line(

@@ -39,6 +39,8 @@ class Prediction:
         explained_label (`str`, *optional*): The label of the verdict line before the explanation: the one that the
             words were told to argue for, or in `free` mode the LM's own, which may not be `label` (`None` where it
             wrote no verdict line).
+        explanation_cut (`bool`, *optional*): Whether the explanation was stopped before its end, as by
+            `max_new_tokens`, and may lack its conclusion; `None` without an explanation.
         lm_probability (`float`, *optional*): The LM's own probability of the verdict of label 1 against that of label
             0, without a hint, re-based to `prior` too. `None` from `classify` of a model whose `lm_reading_weight` is
             0.
@@ -57,6 +59,7 @@ class Prediction:
     threshold: float
     explanation: str | None = None
     explained_label: str | None = None
+    explanation_cut: bool | None = None
     lm_probability: float | None = None
     truncated: bool = False
     prior: float | None = None
@@ -96,6 +99,8 @@ class Prediction:
             head += ", text truncated"
         if self.explained_label not in (None, self.label):
             head += f", explained for {self.explained_label}"
+        if self.explanation_cut:
+            head += ", explanation cut"
         return head if self.explanation is None else f"{head}: {self.explanation}"
 
 

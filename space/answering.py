@@ -110,9 +110,10 @@ class Answerer:
         self, text: str | dict[str, str], prediction: Any, answer: str, unsaid: str, weigh: bool
     ) -> Iterator[Shown]:
         other = rendering.says_other_verdict(prediction.explanation, self.prompt.verdicts, prediction.label_id)
-        explained = rendering.explanation(prediction.explanation, prediction.explained_label, other)
+        cut = bool(getattr(prediction, "explanation_cut", None))  # the code of older checkpoints doesn't say
+        explained = rendering.explanation(prediction.explanation, prediction.explained_label, other, cut=cut)
         ending = f" {rendering.CONTRADICTION}." if other else ""
-        announced = f"{unsaid} The explanation is complete.{ending}".strip()
+        announced = f"{unsaid} The explanation {'was cut off' if cut else 'is complete'}.{ending}".strip()
         yield announced, answer, explained, rendering.progress("Leaving out each sentence in turn…") if weigh else ""
         if weigh:
             fields = {"text": text} if isinstance(text, str) else text

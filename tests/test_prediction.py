@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,3 +88,12 @@ def test_a_prediction_is_json():
     assert values["disagreement"] == pytest.approx(0.5)
     assert values["abstained"] is False
     assert values["attributions"] == [{"field": "text", "start": 0, "end": 4, "score": 0.2}]
+
+
+def test_a_prediction_says_whose_probability_it_is_and_whether_its_words_are_whole():
+    negative = rule().predict(torch.logit(torch.tensor([0.034])), [False])[0]
+    assert str(negative) == "no (P(yes) = 0.034, threshold 0.500)"
+    assert negative.to_dict()["positive_label"] == "yes"
+    explained = replace(negative, explanation="It", explained_label="no", explanation_cut=True)
+    assert str(explained) == "no (P(yes) = 0.034, threshold 0.500), explanation cut: It"
+    assert "cut" not in str(replace(explained, explanation_cut=False))
