@@ -28,7 +28,9 @@ class ExplainedQuestion(Question):
             of_choice = answer["probabilities"][prediction.label]
             answer |= {"choice": prediction.label, "confidence": max(0.0, 2 * of_choice - 1)}
         answer |= {"label": prediction.label, "threshold": prediction.threshold, "truncated": self.truncated}
-        return answer if prediction.explanation is None else {**answer, "explanation": prediction.explanation}
+        if prediction.explanation is not None:
+            answer |= {"explanation": prediction.explanation, "explanation_cut": prediction.explanation_cut}
+        return answer
 
 
 class ClsGenDecisionConfig(DecisionConfig):

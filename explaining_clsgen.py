@@ -23,7 +23,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from .batching_clsgen import pad_left, pass_tokens, token_batches
-from .caching_clsgen import SharedPrefix, can_be_padded_within, joined
+from .caching_clsgen import SharedPrefix, can_be_padded_within, growing_cache, joined
 from .prompting_clsgen import TaskPrompt
 
 # Options of `generate` that mean the same when a batch is generated in several calls, each from where the last ended.
@@ -31,6 +31,10 @@ _RESUMABLE = {
     "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty",
     "no_repeat_ngram_size", "bad_words_ids",
 }  # fmt: skip
+# Stored options that don't: each call would count anew.
+_COUNTED_ANEW = (
+    "min_new_tokens", "exponential_decay_length_penalty", "begin_suppress_tokens", "max_time", "stop_strings",
+)  # fmt: skip
 
 STREAM_THREAD = "clsgen-stream"
 logger = logging.get_logger(__name__)
@@ -116,8 +120,8 @@ class VerdictGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
         self.log_ratio, self.held_back, self._next = self.log_ratio[rows], self.held_back[rows], self._next[rows]
 
 
-def _stop_ids(model: Any) -> torch.LongTensor:
-    stops = model.generation_config.eos_token_id
+def _stop_ids(model: Any, options: dict[str, Any] | None = None) -> torch.LongTensor:
+    stops = _settled(model.generation_config, options or {}).eos_token_id
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     return torch.tensor(stops, dtype=torch.long, device=model.device)
 
@@ -183,11 +187,11 @@ class Prefill:
     def write_verdicts(self, labels: list[int]) -> None:
         """Lets each explanation begin with the verdict line of a label: 0 or 1, one a row."""
         self.given = labels
-        scale, length = self.model.config.explanation_guidance_scale, self.length
+        scale = self.model.config.explanation_guidance_scale
         if scale != 1:
-            self._append([self._verdict_lines[1 - label] for label in labels])
-            self._guidance = VerdictGuidance(scale, self.model, self.batch, copy.deepcopy(self.cache))
-            self._rewind(length)
+            other = self.copy()
+            other._append([self._verdict_lines[1 - label] for label in labels])
+            self._guidance = VerdictGuidance(scale, self.model, other.batch, other.cache)
         self._append([self._verdict_lines[label] for label in labels])
 
     @property
@@ -201,9 +205,15 @@ class Prefill:
 
     def _append(self, rows: list[list[int]], logits_to_keep: int = 1) -> torch.FloatTensor:
         """Lets each row go on with these ids; returns the logits that predict the last `logits_to_keep` of them."""
-        start = self.length - 1
-        new = pad_left(rows, self.model.pad_token_id, self.model.device)
-        self.batch = {name: torch.cat([self.batch[name], new[name]], dim=1) for name in new}
+        if len({*map(len, rows)}) == 1 or can_be_padded_within(self.cache):
+            start = self.length - 1
+            new = pad_left(rows, self.model.pad_token_id, self.model.device)
+            self.batch = {name: torch.cat([self.batch[name], new[name]], dim=1) for name in new}
+        else:  # computed again, so that all padding stands before the prompts
+            start, self.cache = 0, growing_cache(self.model.config.text_config)
+            prompts = zip(self.batch["input_ids"], self.batch["attention_mask"], strict=True)
+            whole = [ids[mask.bool()].tolist() + row for (ids, mask), row in zip(prompts, rows, strict=True)]
+            self.batch = dict(pad_left(whole, self.model.pad_token_id, self.model.device))
         ids, mask = self.batch["input_ids"][:, start:-1], self.batch["attention_mask"][:, :-1]
         past = {"past_key_values": self.cache, "logits_to_keep": logits_to_keep}
         return self.model(input_ids=ids, attention_mask=mask, **past).logits
@@ -216,6 +226,8 @@ class Prefill:
     def start(self, generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         """The arguments of `generate` that go on from here, with the caller's options. They use this prefill up."""
         config, options = self.model.config, dict(generate_kwargs or {})
+        if options.get("max_new_tokens", 0) is None:
+            del options["max_new_tokens"]
         settled = _settled(self.model.generation_config, options)
         if "max_length" not in options:
             options.setdefault("max_new_tokens", settled.max_new_tokens or 128)
@@ -235,11 +247,11 @@ class Prefill:
         if mode != GenerationMode.ASSISTED_GENERATION:  # that reads the whole prompt, also what a cache holds already
             if (settled.num_beams or 1) > 1:  # `generate` repeats the ids for its beams, but not a cache
                 self.cache.batch_repeat_interleave(settled.num_beams)
-            options["past_key_values"] = self.cache
+            options |= {"past_key_values": self.cache, "use_cache": True}  # MPT's configs say it is not to be used
         return {**self.batch, **options, "return_dict_in_generate": False}
 
-    def explain(self, generate_kwargs: dict[str, Any]) -> list[tuple[int | None, str]]:
-        """Explanations of the batch, each as [`split_words`] gives it.
+    def explain(self, generate_kwargs: dict[str, Any]) -> list[tuple[int | None, str, bool]]:
+        """Explanations of the batch, each as [`split_words`] gives it, and whether it was cut: no stop id ended it.
 
         Rows that have ended leave the batch while the others go on.
         """
@@ -248,11 +260,21 @@ class Prefill:
             raise ValueError("`num_return_sequences` must be 1: a prediction holds one explanation.")
         inputs = self.start(generate_kwargs)
         resumable = set(generate_kwargs) <= _RESUMABLE and (settled.num_beams or 1) == 1
+        resumable = resumable and not any(getattr(settled, name, None) for name in _COUNTED_ANEW)
         droppable = len(self.cls_logits) > 3 and resumable and _can_lose_rows(self.cache)
         rows = (generate_dropping_ended_rows if droppable else _generate_whole_batch)(self.model, inputs)
         texts = self.model.tokenizer.batch_decode(rows, skip_special_tokens=True)
         given = self.given or [None] * len(texts)
-        return [split_words(self.model.encoder.prompt, *each) for each in zip(texts, given, strict=True)]
+        stops = _stop_ids(self.model, generate_kwargs).tolist()
+        return [
+            (*split_words(self.model.encoder.prompt, text, label), _cut(ids, stops))
+            for text, label, ids in zip(texts, given, rows, strict=True)
+        ]
+
+
+def _cut(ids: list[int], stops: list[int]) -> bool:
+    """Whether new ids end without one of `stops`."""
+    return not set(stops).intersection(ids)
 
 
 def split_words(prompt: TaskPrompt, text: str, given: int | None) -> tuple[int | None, str]:
@@ -303,8 +325,6 @@ def generate_dropping_ended_rows(model: Any, inputs: dict[str, Any]) -> list[lis
         ids = model.generate(**{**inputs, **changed, "stopping_criteria": criteria})
         ended = torch.isin(ids[:, start:], stop_ids)
         finished = ended.any(dim=1) if ids.shape[1] < end else torch.ones_like(going, dtype=torch.bool)
-        if not finished.any():  # something else ended it, such as stop strings of the stored generation config
-            finished = torch.ones_like(finished)
         for row in finished.nonzero()[:, 0].tolist():
             length = int(ended[row].int().argmax()) + 1 if ended[row].any() else ids.shape[1] - start
             new_ids[going[row]] = ids[row, start : start + length].tolist()
@@ -319,7 +339,7 @@ def generate_dropping_ended_rows(model: Any, inputs: dict[str, Any]) -> list[lis
 
 def stream_pieces(
     model: Any, inputs: dict[str, Any], timeout: float | None = None, given: int | None = None
-) -> Generator[str, None, tuple[int | None, str]]:
+) -> Generator[str, None, tuple[int | None, str, bool]]:
     """Pieces of one explanation while it is generated in a thread; closing the generator ends the generation.
 
     Args:
@@ -328,16 +348,18 @@ def stream_pieces(
         given (`int`, *optional*): Label of the verdict line that it begins behind.
 
     Returns:
-        The whole, as [`split_words`] gives it.
+        The whole, as [`Prefill.explain`] gives it.
     """
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=timeout, skip_special_tokens=True)
-    cancelled, failures = _Cancelled(), []
+    cancelled, written, failures = _Cancelled(), [], []
     criteria = StoppingCriteriaList([*inputs.get("stopping_criteria", ()), cancelled])
 
     @torch.inference_mode()
     def generate() -> None:
         try:
-            model.generate(**{**inputs, "streamer": streamer, "stopping_criteria": criteria})
+            written.extend(
+                _generate_whole_batch(model, {**inputs, "streamer": streamer, "stopping_criteria": criteria})
+            )
         except Exception as error:  # handed to the reader, who waits for pieces in another thread
             failures.append(error)
             streamer.end()
@@ -351,7 +373,7 @@ def stream_pieces(
         thread.join()
     if failures:
         raise failures[0]
-    return explanation
+    return *explanation, _cut(written[0], _stop_ids(model, inputs).tolist())
 
 
 def _without_verdict_line(

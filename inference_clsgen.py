@@ -264,11 +264,11 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
     ) -> list[Prediction]:
         if labels is not None:
             prefill.write_verdicts(labels)
-        written, words = zip(*prefill.explain(generate_kwargs), strict=True)
+        written, words, cut = zip(*prefill.explain(generate_kwargs), strict=True)
         names = [None if label is None else self.config.label_names[label] for label in labels or written]
         return [
-            replace(prediction, explanation=text, explained_label=name)
-            for prediction, text, name in zip(predictions, words, names, strict=True)
+            replace(prediction, explanation=text, explained_label=name, explanation_cut=was_cut)
+            for prediction, text, name, was_cut in zip(predictions, words, names, cut, strict=True)
         ]
 
     def _answers(
@@ -337,10 +337,10 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
             prediction = replace(prediction, explained_label=self.config.label_names[labels[0]])
         yield prediction
         inputs = prefill.start(generate_kwargs)
-        written, words = yield from stream_pieces(self, inputs, timeout, None if labels is None else labels[0])
+        written, words, cut = yield from stream_pieces(self, inputs, timeout, None if labels is None else labels[0])
         if labels is None and written is not None:
             prediction = replace(prediction, explained_label=self.config.label_names[written])
-        yield replace(prediction, explanation=words)
+        yield replace(prediction, explanation=words, explanation_cut=cut)
 
     async def astream(self, text: Text, mode: str | None = None, **kwargs) -> AsyncIterator[Prediction | str]:
         """[`stream`] for `async for`: the event loop stays free while the model works."""

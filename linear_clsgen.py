@@ -22,10 +22,10 @@ def use_onednn_in_inference_mode(module: nn.Module) -> None:
     if _ONEDNN_LINEAR is not None:
         for layer in module.modules():
             if type(layer) is nn.Linear:
-                layer.forward = MethodType(_forward, layer)
+                layer.forward = MethodType(forward, layer)  # by this name it is looked up when a copy is unpickled
 
 
-def _forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+def forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and _suits_onednn(input, self.weight):
         return _ONEDNN_LINEAR(input, self.weight, self.bias, "none", [], "")
     return F.linear(input, self.weight, self.bias)

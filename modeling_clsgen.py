@@ -59,6 +59,7 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules = {"cls_head"}  # noqa: RUF012  # what no quantiser converts
     _keep_in_fp32_modules_strict = {"cls_head"}  # noqa: RUF012
 
     def __init__(self, config: ClsGenConfig, lm: PreTrainedModel | None = None):
@@ -94,9 +95,18 @@ class ClsGenForCausalLMAndClassification(ClsGenInferenceMixin, ClsGenDecisionMix
             like ([`ClsGenConfig`], *optional*): In the place of the three: that of a finished model, whose adapter is
                 going to be loaded.
             kwargs: For `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+
+        Raises:
+            ValueError: for a multimodal model, whose LM is only a part of it.
         """
         lm = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-        tokenizer_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
+        if lm.config.get_text_config() is not lm.config:
+            raise ValueError(
+                f"{name_or_path} is multimodal ({type(lm).__name__}): take a backbone that reads text alone, of a "
+                f"config like its {lm.config.get_text_config().model_type!r}."
+            )
+        place = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
+        tokenizer_kwargs = {key: kwargs[key] for key in place if key in kwargs}
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **tokenizer_kwargs)
         if like is None:
             prompt = task if isinstance(task, TaskPrompt) else TaskPrompt.from_dict(task)

@@ -74,8 +74,9 @@ class ClsGenPipeline(Pipeline):
         for name in ("lm_probability", "prior", "abstained"):
             if getattr(prediction, name) is not None:
                 extra[name] = getattr(prediction, name)
-        if prediction.truncated:
-            extra["truncated"] = True
+        for name in ("truncated", "explanation_cut"):
+            if getattr(prediction, name):
+                extra[name] = True
         answers = [{**answer, **extra} for answer in answers]
         return answers[0] if top_k == 1 else answers
 

@@ -26,7 +26,7 @@ logger = logging.getLogger("clsgen.predict_clsgen")
 COLUMNS = {
     "label": pa.string(), "probability": pa.float64(), "explanation": pa.string(), "explained_label": pa.string(),
     "lm_probability": pa.float64(), "prediction_set": pa.string(), "abstained": pa.bool_(), "truncated": pa.bool_(),
-    "error": pa.string(),
+    "explanation_cut": pa.bool_(), "error": pa.string(),
 }  # fmt: skip
 FREE_TO_CHANGE = {"batch_size", "on_error", "overwrite"}  # between a run and the one that goes on with it
 

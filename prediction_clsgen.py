@@ -30,6 +30,7 @@ class Prediction:
     Args:
         label (`str`): Name of the label given.
         label_id (`int`): 1 where `probability >= threshold`, else 0.
+        positive_label (`str`): Name of label 1.
         probability (`float`): Calibrated, of label 1.
         logit (`float`): Before calibration: of the head, corrected for the `pos_weight` of training, and pooled with
             the LM's reading where the model's `lm_reading_weight` says so.
@@ -38,6 +39,8 @@ class Prediction:
         explained_label (`str`, *optional*): The label of the verdict line before the explanation: the one that the
             words were told to argue for, or in `free` mode the LM's own, which may not be `label` (`None` where it
             wrote no verdict line).
+        explanation_cut (`bool`, *optional*): Whether the explanation was stopped before its end, as by
+            `max_new_tokens`, and may lack its conclusion; `None` without an explanation.
         lm_probability (`float`, *optional*): The LM's own probability of the verdict of label 1 against that of label
             0, without a hint, re-based to `prior` too. `None` from `classify` of a model whose `lm_reading_weight` is
             0.
@@ -50,11 +53,13 @@ class Prediction:
 
     label: str
     label_id: int
+    positive_label: str
     probability: float
     logit: float
     threshold: float
     explanation: str | None = None
     explained_label: str | None = None
+    explanation_cut: bool | None = None
     lm_probability: float | None = None
     truncated: bool = False
     prior: float | None = None
@@ -82,7 +87,7 @@ class Prediction:
         return {**values, "disagreement": self.disagreement, "abstained": self.abstained}
 
     def __str__(self) -> str:
-        notes = [f"probability {self.probability:.3f}", f"threshold {self.threshold:.3f}"]
+        notes = [f"P({self.positive_label}) = {self.probability:.3f}", f"threshold {self.threshold:.3f}"]
         if self.prior is not None:
             notes.append(f"at a base rate of {self.prior:g}")
         head = f"{self.label} ({', '.join(notes)})"
@@ -94,6 +99,8 @@ class Prediction:
             head += ", text truncated"
         if self.explained_label not in (None, self.label):
             head += f", explained for {self.explained_label}"
+        if self.explanation_cut:
+            head += ", explanation cut"
         return head if self.explanation is None else f"{head}: {self.explanation}"
 
 
@@ -228,6 +235,7 @@ class DecisionRule:
                 Prediction(
                     label=self.labels[label_id],
                     label_id=label_id,
+                    positive_label=self.labels[1],
                     probability=probability,
                     logit=logit,
                     threshold=self.threshold,

@@ -12,6 +12,13 @@ _FIELD = re.compile(r"\{(\w+)\}")
 # Private-use characters: no template, tokenizer or sane text holds them, so they mark where contents go.
 _SYSTEM, _USER, _ASSISTANT = "\ue000clsgen-s\ue001", "\ue000clsgen-u\ue001", "\ue000clsgen-a\ue001"
 _PLAIN_SKELETON = f"{_SYSTEM}\n\n{_USER}\n\nAnswer:"
+# Templates that tell today's date (Llama-3.2, SmolLM3, Granite) would make a checkpoint's numbers change with the day.
+_DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024"}
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('{directive}', '{value}')" for directive, value in _DATE.items())
+    + " }}{% endmacro %}\n"  # the line ends within the block's own, so the template behind it stays as it is
+)
 
 
 def fill_template(template: str, values: dict[str, str]) -> str:
@@ -153,9 +160,17 @@ class PromptEncoder:
         tokenizer (`PreTrainedTokenizerBase`): With a chat template, or without (a plain prompt is used then).
         prompt (`TaskPrompt`): The task's prompt.
         max_length (`int`): Longest prompt, in tokens.
+
+    Raises:
+        ValueError: for a tokenizer that isn't fast, or whose chat template does not show what it is given.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: TaskPrompt, max_length: int):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is no fast tokenizer: it doesn't tell which characters a token stands "
+                "for, as cutting too long a text takes. Use one with a `tokenizer.json`."
+            )
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.max_length = max_length
@@ -164,13 +179,17 @@ class PromptEncoder:
             for token_id, token in tokenizer.added_tokens_decoder.items()
             if token.special or re.fullmatch(r"<.*>|\[.*\]", token.content)
         }
-        self._control_ids = set(control.values())
+        # An unknown character is none, unless its token has another job too (GPT-2's has all of them).
+        harmless = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        self._control_ids = set(control.values()) - harmless
         names = sorted(control, key=len, reverse=True)
         self._control_names = re.compile("|".join(map(re.escape, names))) if names else None
         self.prefix_ids, self.suffix_ids, self.end_of_turn_id = self._encode_skeleton()
 
     def _render(self, messages: list[dict[str, str]], **kwargs) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **kwargs)
+        template = _FIXED_DATE + self.tokenizer.get_chat_template()
+        kwargs |= {"tokenize": False, "chat_template": template, "enable_thinking": False}
+        return self.tokenizer.apply_chat_template(messages, **kwargs)
 
     def _encode_skeleton(self) -> tuple[list[int], list[int], int | None]:
         """Ids before and after the user's content, and the id that ends the assistant's turn."""

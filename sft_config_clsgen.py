@@ -82,6 +82,12 @@ class ClsGenSFTConfig(SFTConfig):
         self._check()
 
     def _check(self) -> None:
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"So launched, one process would share {self.n_gpu} GPUs (nn.DataParallel), which CLSGen can't train "
+                "with: use one process a GPU (`accelerate launch --config_file recipes/accelerate/ddp.yaml "
+                f"--num_processes {self.n_gpu} train_sft_cls.py ...`), or one GPU (`CUDA_VISIBLE_DEVICES=0`)."
+            )
         for name in ("lm_weight", "cls_weight", "verdict_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")

@@ -36,12 +36,6 @@ def check_launch(
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and training.world_size == 1:
         raise ValueError("Launched as several processes, but there is no GPU: `--use_cpu true` trains on CPUs.")
-    if training.n_gpu > 1:
-        raise ValueError(
-            f"So launched, one process would share {training.n_gpu} GPUs (nn.DataParallel), which CLSGen can't train "
-            "with: use one process a GPU (`accelerate launch --config_file recipes/accelerate/ddp.yaml "
-            f"--num_processes {training.n_gpu} train_sft_cls.py ...`), or one GPU (`CUDA_VISIBLE_DEVICES=0`)."
-        )
     if warm_start and (is_fsdp_enabled() or is_deepspeed_zero3_enabled()):
         raise ValueError(
             "The probe needs whole weights in each process; ZeRO-3 and `fsdp_cpu_ram_efficient_loading: true` don't "

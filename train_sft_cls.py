@@ -131,7 +131,8 @@ def build_model(task: Task, arguments: TaskArguments, model_arguments: ModelArgu
             "tokens at most: lower it, or take another backbone."
         )
     # Words of the model's own run on for longer than the teacher's, and say their verdict last.
-    room = (positions or math.inf) - model.config.max_prompt_length
+    verdict = max(len(model.encoder.encode_verdict(label)) for label in (0, 1))  # stands before them
+    room = (positions or math.inf) - model.config.max_prompt_length - verdict
     model.generation_config.max_new_tokens = min(int(ROOM_TO_END * training.max_explanation_length), room)
     return model
 
@@ -164,8 +165,8 @@ def show_examples(examples: list[dict[str, Any]]) -> None:
     for example in examples:
         prediction = example["prediction"]
         print(f"\n[{example['id']}] " + " | ".join(f"{name}: {text}" for name, text in example["text"].items()))
-        print(f"  {prediction['label']} (probability {prediction['probability']:.3f}, ", end="")
-        print(f"threshold {prediction['threshold']:.3f}): {prediction['explanation']}")
+        print(f"  {prediction['label']} (P({prediction['positive_label']}) = {prediction['probability']:.3f}", end="")
+        print(f", threshold {prediction['threshold']:.3f}): {prediction['explanation']}")
         print(f"  gold label: {example['gold'] or 'none'}; the LM alone: {prediction['lm_probability']}")
 
 

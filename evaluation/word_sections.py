@@ -193,7 +193,7 @@ def _example(evaluated: Evaluated, index: int) -> Example:
     text = evaluated.rows.texts[index]
     fields = {"text": text} if isinstance(text, str) else text
     facts = {
-        "probability": number(row["probability"]),
+        f"probability of {evaluated.labels[1]}": number(row["probability"]),
         "decision": evaluated.labels[int(row["predicted"])],
         "truth": evaluated.labels[int(row["gold"])],
     }

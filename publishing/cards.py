@@ -247,7 +247,7 @@ def _words(config: ClsGenConfig, report: dict[str, Any], examples: list[dict[str
         "commit": report.get("commit"),
         "calibration": _calibration(config, report, table),
         "conformal": conformal,
-        "examples": "\n\n".join(map(_example, examples)),
+        "examples": "\n\n".join(_example(example, config.label_names[1]) for example in examples),
         "examples_split": examples[0]["split"] if examples else None,
         "training": _training(config, report),
         "footprint": _footprint(report),
@@ -276,11 +276,11 @@ def _calibration(config: ClsGenConfig, report: dict[str, Any], table: dict[str, 
     return "\n\n".join(parts)
 
 
-def _example(example: dict[str, Any]) -> str:
+def _example(example: dict[str, Any], positive_label: str) -> str:
     prediction = example["prediction"]
     fields = "\n".join(f"> **{name}**: {_one_line(value)}\n>" for name, value in example["text"].items())
     gold = f"; gold label {example['gold']}" if example["gold"] else ""
-    verdict = f"**{prediction['label']}** (probability {prediction['probability']:.3f}{gold})"
+    verdict = f"**{prediction['label']}** (P({positive_label}) = {prediction['probability']:.3f}{gold})"
     words = _one_line(prediction["explanation"] or "")
     return f"{fields}\n> {verdict}: {words}"
 

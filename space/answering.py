@@ -116,9 +116,10 @@ class Answerer:
         wanted: Callable[[], bool],
     ) -> Iterator[Shown]:
         other = rendering.says_other_verdict(prediction.explanation, self.prompt.verdicts, prediction.label_id)
-        explained = rendering.explanation(prediction.explanation, prediction.explained_label, other)
+        cut = bool(getattr(prediction, "explanation_cut", None))  # the code of older checkpoints doesn't say
+        explained = rendering.explanation(prediction.explanation, prediction.explained_label, other, cut=cut)
         ending = f" {rendering.CONTRADICTION}." if other else ""
-        announced = f"{unsaid} The explanation is complete.{ending}".strip()
+        announced = f"{unsaid} The explanation {'was cut off' if cut else 'is complete'}.{ending}".strip()
         yield announced, answer, explained, rendering.progress("Leaving out each sentence in turn…") if weigh else ""
         if weigh and not wanted():
             yield STOPPED[0], answer, explained, STOPPED[1]
@@ -130,7 +131,10 @@ class Answerer:
 
     def _spoken(self, prediction: Any) -> str:
         """The answer, as a screen reader says it."""
-        number = f"{rendering.readable(prediction.label)}, probability {rendering.percent(prediction.probability)}"
+        number = (
+            f"{rendering.readable(prediction.label)}, probability of {rendering.readable(self.labels[1])} "
+            f"{rendering.percent(prediction.probability)}"
+        )
         notes = (title for title, _ in rendering.warnings(prediction, self.labels, self.error_rate))
         return ". ".join([number, *notes, ""])
 

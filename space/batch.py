@@ -14,7 +14,7 @@ MAX_CHARACTERS = 50_000
 CHUNK = 16
 PREFIX = "clsgen_"
 ANSWERS = ("label", "probability", "threshold", "prediction_set", "abstained", "truncated")
-EXPLAINED = ("lm_probability", "explanation")
+EXPLAINED = ("lm_probability", "explanation", "explanation_cut")
 DELIMITERS = (",", ";", "\t")
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 

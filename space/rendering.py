@@ -152,7 +152,9 @@ def progress(message: str, done: int | None = None, total: int | None = None) ->
     )
 
 
-def explanation(text: str, argues_for: str | None, other_verdict: str | None = None, writing: bool = False) -> str:
+def explanation(
+    text: str, argues_for: str | None, other_verdict: str | None = None, writing: bool = False, cut: bool = False
+) -> str:
     """The explanation so far.
 
     Args:
@@ -160,6 +162,7 @@ def explanation(text: str, argues_for: str | None, other_verdict: str | None = N
         argues_for (`str`, *optional*): Name of the label that it was told to argue for.
         other_verdict (`str`, *optional*): The words of the other verdict, looked for in it once it is complete.
         writing (`bool`): Whether it goes on.
+        cut (`bool`): Whether it reached its greatest length before its end.
     """
     hint = f"Argues for “{readable(argues_for)}”. " if argues_for else ""
     caret = '<span class="caret" aria-hidden="true"></span>' if writing else ""
@@ -167,6 +170,8 @@ def explanation(text: str, argues_for: str | None, other_verdict: str | None = N
     note = ""
     if not writing and other_verdict and argues_for:
         note = warning(CONTRADICTION, f"They also say “{other_verdict}”. Read the text before you use either.")
+    if cut:
+        note += warning("The explanation was cut off", "It is at its greatest length; its conclusion may be missing.")
     return (
         f'<section class="card" aria-busy="{str(writing).lower()}"><h2>Explanation</h2>'
         f'<p class="words">{words}{caret}</p>{note}'
@@ -285,7 +290,8 @@ def report(rows: Sequence[Any], labels: Sequence[str], preview: int) -> str:
         for row in answered
     )
     caption = "Answers" if len(answered) <= preview else f"The first {preview} answers; the file has all"
-    parts.append(table(("Row", "Verdict", "Probability", "Uncertain", "Shortened"), _first(cells, preview), caption))
+    columns = ("Row", "Verdict", f"Probability of {readable(labels[1])}", "Uncertain", "Shortened")
+    parts.append(table(columns, _first(cells, preview), caption))
     return f'<section class="card">{"".join(parts)}</section>'
 
 

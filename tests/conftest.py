@@ -29,8 +29,9 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-VOCABULARY = 300
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+VOCABULARY = 259  # of `byte_tokenizer`: whatever a model writes can be read
+TALKATIVE = {"initializer_range": 0.5}  # with less, a random model writes one byte, whatever it reads
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, **TALKATIVE}
 SPECIAL = {"bos_token_id": 257, "eos_token_id": 257, "pad_token_id": 258}
 SIDES = {**SIZES, **SPECIAL, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 2048}
 CONFIGS = {
@@ -40,7 +41,7 @@ CONFIGS = {
     "mistral": MistralConfig(**SIDES, head_dim=8, sliding_window=None),
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=2048, **SPECIAL,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **TALKATIVE,
     ),
 }  # fmt: skip
 PROMPT = {
@@ -95,9 +96,16 @@ def build(folder, reads=READS, **config_kwargs):
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        model.cls_head.weight.normal_(std=0.5, generator=generator)
+        model.cls_head.weight.normal_(std=0.05, generator=generator)
         model.cls_head.bias.fill_(0.1)
     return model
+
+
+def let_labels_mix(model, texts):
+    """Puts the threshold between the texts' probabilities, so that half of them get either label."""
+    probabilities = sorted(prediction.probability for prediction in model.classify(texts))
+    model.config.threshold = (probabilities[len(texts) // 2 - 1] + probabilities[len(texts) // 2]) / 2
+    assert len({prediction.label for prediction in model.classify(texts)}) == 2
 
 
 @pytest.fixture

@@ -57,7 +57,8 @@ def answers_as_before(model, folder):
         now = model.classify_and_explain(text).to_dict()
         for name in ("probability", "logit", "threshold", "lm_probability", "disagreement"):
             assert now.pop(name) == pytest.approx(before.pop(name), abs=1e-5), name
-        assert json.loads(json.dumps(now)) == before
+        now = json.loads(json.dumps(now))
+        assert {name: now[name] for name in before} == before
 
 
 def test_there_is_a_fixture_of_every_format_version():

@@ -14,6 +14,7 @@ from test_training import arguments, launch
 from transformers import AutoModel
 from trl import ModelConfig
 
+from clsgen.sft_config_clsgen import ClsGenSFTConfig
 from clsgen.sharding import check_launch
 from clsgen.tasks import load_task
 from clsgen.train_sft_cls import main
@@ -146,10 +147,10 @@ def test_bfloat16_leaves_head_and_losses_in_float32(task_folder, backbones, tmp_
 def test_launches_that_would_go_wrong_are_refused(tmp_path, monkeypatch):
     training = arguments(tmp_path)
     check_launch(True, training, ModelConfig())
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:  # also in Python, without a command line
         patch.setattr(type(training), "n_gpu", 2)
         with pytest.raises(ValueError, match=r"one process would share 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
-            check_launch(True, training, ModelConfig())
+            ClsGenSFTConfig(str(tmp_path))
     with pytest.raises(ValueError, match="needs a GPU"):
         check_launch(True, training, ModelConfig(load_in_4bit=True))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -75,6 +75,7 @@ def test_decision_pipeline_answers_with_the_heads_probability_and_its_reason(fol
     assert answers["b"]["probabilities"]["supported"] == pytest.approx(expected.probability, abs=1e-4)
     assert answers["b"]["choice"] == answers["a"]["label"] == expected.label
     assert answers["a"]["explanation"] == expected.explanation
+    assert answers["a"]["explanation_cut"] == expected.explanation_cut
     assert decide(json.dumps({"state": texts[0], "questions": questions})) == answers
     decide.model.decision_config.explain = False
     without = decide({"state": "One text", "questions": {"q": {"type": "noul"}}})["q"]

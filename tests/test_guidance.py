@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import let_labels_mix
 
 from clsgen.explaining_clsgen import VerdictGuidance
 
@@ -26,6 +27,8 @@ def words_by_plain_passes(model, text, label, scale, tokens, stop=None, told=0.0
 
 def test_guidance_extrapolates_from_the_other_verdict_to_this_one(any_model, texts):
     any_model.generation_config.eos_token_id = None
+    let_labels_mix(any_model, texts)
+    mixing = any_model.config.threshold
     plain = any_model.classify_and_explain(texts, max_new_tokens=8)
     any_model.config.explanation_guidance_scale = scale = 300.0  # the verdict moves a random model's words little
 
@@ -42,7 +45,7 @@ def test_guidance_extrapolates_from_the_other_verdict_to_this_one(any_model, tex
     assert [p.lm_probability for p in guided] == pytest.approx([p.lm_probability for p in plain], abs=1e-5)
     for label in (0, 1):
         assert any_model.explain(texts[1], label, max_new_tokens=8).explanation == expected(texts[1], label)
-    for any_model.config.threshold in (0.01, 0.99, 0.5):
+    for any_model.config.threshold in (0.01, 0.99, mixing):
         free = any_model.classify_and_explain(texts, mode="free", max_new_tokens=8)
         for text, prediction in zip(texts, free, strict=True):
             own = int(prediction.lm_probability >= any_model.config.threshold)

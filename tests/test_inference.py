@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCABULARY, build
+from conftest import VOCABULARY, build, let_labels_mix
 from transformers import (
     AutoModel,
     ContinuousBatchingConfig,
@@ -43,8 +43,18 @@ def test_explaining_does_not_change_the_number(any_model, texts, mode):
     assert all(isinstance(p.explanation, str) for p in explained)
 
 
+def test_words_differ_between_the_verdicts(any_model, texts):
+    """Or nothing would be told by the tests that compare words."""
+    for text in texts:
+        against, in_favour = any_model.explain(text, [0, 1], max_new_tokens=8)
+        assert against.explanation
+        assert in_favour.explanation
+        assert against.explanation != in_favour.explanation
+
+
 @pytest.mark.parametrize("mode", ["guided", "free"])
 def test_batches_and_order_do_not_matter(any_model, texts, mode):
+    let_labels_mix(any_model, texts)
     together = any_model.classify_and_explain(texts, mode=mode, max_new_tokens=8)
     apart = [any_model.classify_and_explain(text, mode=mode, max_new_tokens=8) for text in texts]
     backwards = any_model.classify_and_explain(texts[::-1], mode=mode, max_new_tokens=8, batch_size=2)[::-1]
@@ -118,7 +128,7 @@ def test_calibration_threshold_and_labels(model, texts):
     model.config.threshold = 0.0
     assert model.classify(texts[0]).label == "supported"
     assert json.loads(json.dumps(prediction.to_dict()))["threshold"] == 0.999
-    assert "not_supported (probability" in str(prediction)
+    assert "not_supported (P(supported) = " in str(prediction)
     assert "explained for" not in str(replace(prediction, explained_label="not_supported", explanation="It fell."))
     other = replace(prediction, explained_label="supported", explanation="It rose.")
     assert str(other).endswith(", explained for supported: It rose.")
@@ -277,32 +287,39 @@ def test_iterators_read_no_more_than_a_window_ahead(model, texts, monkeypatch):
     first = next(predictions)
     assert read == [0, 1, 2]
     rest = list(predictions)
-    assert [p.logit for p in [first, *rest]] == pytest.approx([model.classify(texts[i % 4]).logit for i in range(10)])
+    alone = [model.classify(texts[i % 4]).logit for i in range(10)]
+    assert [p.logit for p in [first, *rest]] == pytest.approx(alone, abs=1e-4)
     with pytest.raises(ValueError, match="Text 4: The field 'text' is empty"):
         list(model.classify_iter(["a", "b", "c", "d", ""]))
     explained = list(model.classify_and_explain_iter(iter(texts), max_new_tokens=3))
     assert explained == model.classify_and_explain(texts, max_new_tokens=3)
 
 
+ENDING = {"max_new_tokens": 24, "no_repeat_ngram_size": 2}  # or a random model says one thing for ever
+
+
+def generate_apart(model, prompts):
+    rows = [torch.tensor([prompt]) for prompt in prompts]
+    return [model.generate(row, **ENDING)[0, row.shape[1] :].tolist() for row in rows]
+
+
+def let_rows_end_at_different_times(model, prompts):
+    """Takes for the stop id what the model says behind these prompts first at the most different times."""
+    model.generation_config.eos_token_id = None
+    endless = generate_apart(model, prompts)
+    said = {token for row in endless for token in row}
+    stop = max(said, key=lambda token: len({row.index(token) for row in endless if token in row}))
+    model.generation_config.eos_token_id = [stop]
+
+
 def test_rows_that_end_leave_the_batch_and_all_say_the_same(model, texts):
     prompts = [model.encoder.encode(text).input_ids for text in texts * 2]
-    most = 24
-    options = {"max_new_tokens": most, "no_repeat_ngram_size": 2}  # or a random model says one thing for ever
-    ids = [torch.tensor([prompt]) for prompt in prompts]
-
-    def generate_apart(stops):
-        model.generation_config.eos_token_id = stops
-        return [model.generate(row, **options)[0, row.shape[1] :].tolist() for row in ids]
-
-    endless = generate_apart(None)
-    said = {token for row in endless for token in row}
-    # It never ends of itself either: let it end at what its rows say first at the most different times.
-    stop = max(said, key=lambda token: len({row.index(token) for row in endless if token in row}))
-    apart = generate_apart([stop])
+    let_rows_end_at_different_times(model, prompts)
+    apart = generate_apart(model, prompts)
     assert len({len(row) for row in apart}) > 1
     sizes = []
     with torch.inference_mode():
-        inputs = Prefill(model, prompts).start(options)
+        inputs = Prefill(model, prompts).start(ENDING)
         model.lm.register_forward_pre_hook(
             lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
         )
@@ -310,6 +327,31 @@ def test_rows_that_end_leave_the_batch_and_all_say_the_same(model, texts):
     assert rows == apart
     assert sizes[0] == 8
     assert sizes[-1] < 8
+
+
+def test_an_explanation_that_has_no_end_says_so(model, texts):
+    prompts = [model.encoder.encode(text).input_ids for text in texts]
+    let_rows_end_at_different_times(model, prompts)
+    lengths = [len(row) for row in generate_apart(model, prompts)]
+    options = {"mode": "free", **ENDING, "max_new_tokens": max(lengths) - 1}
+    expected = [length == max(lengths) for length in lengths]
+    assert set(expected) == {True, False}
+    assert [p.explanation_cut for p in model.classify_and_explain(texts, **options)] == expected
+    for text, cut in zip(texts, expected, strict=True):
+        assert model.classify_and_explain(text, **options).explanation_cut is cut
+        first, *_, last = model.stream(text, **options)
+        assert (first.explanation_cut, last.explanation_cut) == (None, cut)
+        assert ("explanation cut" in str(last)) is cut
+    assert model.classify(texts[0]).explanation_cut is None
+
+
+@pytest.mark.parametrize("stored", [{"min_new_tokens": 6}, {"exponential_decay_length_penalty": (3, 1.5)}])
+def test_stored_options_that_count_tokens_count_them_once(model, texts, stored):
+    let_rows_end_at_different_times(model, [model.encoder.encode(text).input_ids for text in texts])
+    model.generation_config.update(**stored)
+    together = model.classify_and_explain(texts, mode="free", **ENDING)
+    apart = [model.classify_and_explain(text, mode="free", **ENDING) for text in texts]
+    assert [p.explanation for p in together] == [p.explanation for p in apart]
 
 
 def test_generate_options_reach_generate(model, texts):
@@ -337,13 +379,15 @@ def test_options_may_come_in_a_generation_config_or_be_stored(model, texts):
             return Prefill(model, prompts).explain(kwargs)
 
     short, beams = explanations(max_new_tokens=5), explanations(max_new_tokens=5, num_beams=2)
-    assert [len(words) for _, words in short] == [5] * 4
+    assert [len(words) for _, words, _ in short] == [5] * 4
     assert explanations(generation_config=GenerationConfig(max_new_tokens=5)) == short
     assert explanations(generation_config=GenerationConfig(max_new_tokens=50), max_new_tokens=5) == short
     assert explanations(generation_config=GenerationConfig(max_new_tokens=5, num_beams=2)) == beams
     several = GenerationConfig(do_sample=True, num_return_sequences=2)
     with pytest.raises(ValueError, match="`num_return_sequences` must be 1"):
         model.classify_and_explain(texts[0], generation_config=several)
+    model.generation_config.max_new_tokens = 5
+    assert explanations(max_new_tokens=None) == short
     model.generation_config.update(max_new_tokens=5, num_beams=2)
     assert explanations() == beams
 
@@ -437,6 +481,8 @@ def test_threads_get_the_same_answers(any_model, texts):
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_an_explanation_does_not_repeat_itself_but_may_repeat_the_prompt(model, texts, batch_size):
+    letters = model.tokenizer("abcdefgh")["input_ids"]  # so few that it has to
+    model.generation_config.suppress_tokens = [i for i in range(VOCABULARY) if i not in letters]
     said = []
     model.lm.register_forward_pre_hook(lambda *call: said.append(call[2]["input_ids"]), with_kwargs=True)
 

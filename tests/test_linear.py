@@ -1,6 +1,7 @@
 """Linear layers by oneDNN: whose they are, when they are used, and what they compute."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -54,6 +55,14 @@ def test_other_precisions_go_by_torch(products):
     with torch.inference_mode():
         assert layer(input.bfloat16()).dtype == torch.bfloat16
     assert products == []
+
+
+def test_a_layer_goes_through_pickle():
+    layer, input = nn.Linear(24, 7), torch.randn(3, 24)
+    use_onednn_in_inference_mode(layer)
+    restored = pickle.loads(pickle.dumps(layer))
+    with torch.inference_mode():
+        torch.testing.assert_close(restored(input), layer(input), rtol=1e-5, atol=1e-5)
 
 
 def test_copies_have_weights_of_their_own():

@@ -2,17 +2,20 @@
 
 import json
 import math
+import pickle
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import READS, build
+from conftest import CHAT_TEMPLATE, CONFIGS, READS, VOCABULARY, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3Config, TextIteratorStreamer
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+from transformers.quantizers.base import HfQuantizer
 
 from clsgen.configuration_clsgen import AUTO_MAP, ClsGenConfig
 from clsgen.head_clsgen import running_sum
@@ -273,7 +276,7 @@ def test_lora_trains_saves_reloads_and_merges_to_the_same_probability(model, bac
     reloaded = PeftModel.from_pretrained(build(backbones["llama"]), tmp_path).eval()
     torch.testing.assert_close(reloaded(input_ids=ids).cls_logits, expected)
     merged = reloaded.merge_and_unload()
-    torch.testing.assert_close(merged(ids).cls_logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged(ids).cls_logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_comes_back_on_its_backbone_with_the_config_of_its_model(backbones, texts, tmp_path):
@@ -304,7 +307,7 @@ def test_activation_checkpointing_keeps_gradients(model, use_reentrant):
     model.enable_input_require_grads()
     model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_compiles_without_a_graph_break(model):
@@ -321,7 +324,7 @@ def test_resizing_embeddings_keeps_both_heads(model):
     model.resize_token_embeddings(320)
     output = model(ids)
     assert output.logits.shape[-1] == 320
-    torch.testing.assert_close(output.logits[..., :300], expected.logits)
+    torch.testing.assert_close(output.logits[..., :VOCABULARY], expected.logits)
     torch.testing.assert_close(output.cls_logits, expected.cls_logits)
 
 
@@ -403,3 +406,33 @@ def test_real_small_model(smollm2, texts):
 def test_a_config_that_gives_no_number_is_refused(wrong, message, model):
     with pytest.raises(ValueError, match=message):
         ClsGenConfig(text_config=model.config.text_config, **wrong)
+
+
+def test_no_quantiser_converts_the_head(model):
+    assert "cls_head" in HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+
+
+def test_the_tokenizer_comes_from_the_cache_that_the_backbone_comes_from(backbones, tmp_path):
+    commit, repository = "0" * 40, tmp_path / "models--somebody--tiny"
+    shutil.copytree(backbones["llama"], repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    model = ClsGenForCausalLMAndClassification.from_backbone(
+        "somebody/tiny", cache_dir=str(tmp_path), local_files_only=True
+    )
+    assert model.tokenizer.chat_template == CHAT_TEMPLATE
+
+
+def test_a_model_goes_through_pickle(model, texts):
+    restored = pickle.loads(pickle.dumps(model))
+    assert restored.classify(texts[0]).logit == pytest.approx(model.classify(texts[0]).logit, abs=1e-5)
+
+
+def test_a_multimodal_backbone_is_refused(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=CONFIGS["gemma3"].to_dict(), vision_config={**vision, "image_size": 28, "patch_size": 14}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"multimodal \(Gemma3ForConditionalGeneration\).*'gemma3_text'"):
+        ClsGenForCausalLMAndClassification.from_backbone(str(tmp_path))

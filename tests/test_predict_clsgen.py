@@ -338,5 +338,5 @@ def test_talking(folder, model, capsys, monkeypatch):
     assert main(["--model", folder]) == 0
     shown = capsys.readouterr().out
     prediction = model.classify_and_explain({"findings": "Death fell.", "claim": "It works."})
-    assert f"probability {prediction.probability:.3f}" in shown
+    assert f"(P(supported) = {prediction.probability:.3f}, " in shown
     assert prediction.explanation in shown

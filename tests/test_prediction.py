@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_prediction_sets_and_abstention():
     certain, ruled_out, _ = rule(conformal_quantiles=(0.6, 0.3)).predict(logits, [False] * 3)
     assert not certain.abstained
     assert (ruled_out.label, ruled_out.abstained) == ("yes", True)
-    assert "yes (probability 0.500, threshold 0.500), uncertain: no by its prediction set" in str(ruled_out)
+    assert "yes (P(yes) = 0.500, threshold 0.500), uncertain: no by its prediction set" in str(ruled_out)
     unsure = rule(conformal_quantiles=(0.6, 0.6)).predict(logits, [False] * 3)[1]
     assert unsure.prediction_set == ("no", "yes")
     assert unsure.abstained
@@ -80,10 +81,19 @@ def test_the_lms_reading_moves_with_the_base_rate():
 
 def test_a_prediction_is_json():
     prediction = Prediction(
-        "yes", 1, 0.8, 1.4, 0.5, explanation="Because.", lm_probability=0.3, prediction_set=("yes",),
+        "yes", 1, "yes", 0.8, 1.4, 0.5, explanation="Because.", lm_probability=0.3, prediction_set=("yes",),
         attributions=(Attribution("text", 0, 4, 0.2),),
     )  # fmt: skip
     values = json.loads(json.dumps(prediction.to_dict()))
     assert values["disagreement"] == pytest.approx(0.5)
     assert values["abstained"] is False
     assert values["attributions"] == [{"field": "text", "start": 0, "end": 4, "score": 0.2}]
+
+
+def test_a_prediction_says_whose_probability_it_is_and_whether_its_words_are_whole():
+    negative = rule().predict(torch.logit(torch.tensor([0.034])), [False])[0]
+    assert str(negative) == "no (P(yes) = 0.034, threshold 0.500)"
+    assert negative.to_dict()["positive_label"] == "yes"
+    explained = replace(negative, explanation="It", explained_label="no", explanation_cut=True)
+    assert str(explained) == "no (P(yes) = 0.034, threshold 0.500), explanation cut: It"
+    assert "cut" not in str(replace(explained, explanation_cut=False))

@@ -1,9 +1,12 @@
 """Prompts: no text becomes a control token, no question is cut away."""
 
+from datetime import datetime
+
 import pytest
-from conftest import PROMPT
-from tokenizers import AddedToken, Tokenizer, normalizers
-from transformers import AutoTokenizer
+from conftest import CHAT_TEMPLATE, PROMPT
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from clsgen.explaining_clsgen import _without_verdict_line
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
@@ -132,6 +135,51 @@ def test_a_template_without_a_system_role(tokenizer):
     assert "user\nYou review trials.\n\nFindings: A" in strict.decode(
         encoder.encode({"findings": "A", "claim": "B"}).input_ids
     )
+
+
+@pytest.mark.parametrize(
+    ("directives", "told"),
+    [
+        ("%d %b %Y", "26 Jul 2024"),
+        ("%d %B %Y", "26 July 2024"),
+        ("%Y-%m-%d", "2024-07-26"),
+        ("%B %d, %Y", "July 26, 2024"),
+    ],
+)
+def test_a_template_that_tells_the_date_makes_the_same_prompt_on_every_day(tokenizer, monkeypatch, directives, told):
+    dated = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    dated.chat_template = f"Today: {{{{ strftime_now('{directives}') }}}}\n{CHAT_TEMPLATE}"
+    prompts = []
+    for day in (3, 4):
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, day=day: datetime(2026, 11, day))})
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        assert f"{day:02}" in dated.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False)
+        encoder = PromptEncoder(dated, TaskPrompt.from_dict(PROMPT), max_length=400)
+        prompts.append(dated.decode(encoder.encode("A fell.").input_ids))
+    assert prompts[0] == prompts[1]
+    assert prompts[0].startswith(f"Today: {told}\n<|im_start|>system\nYou review trials.")
+
+
+def word_tokenizer(**special):
+    """A tokenizer with a token for characters that it doesn't know."""
+    vocabulary = {"<unk>": 0, "<end>": 1, "a": 2, "b": 3, "ab": 4}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[("a", "b")], unk_token="<unk>"))
+    backend.add_special_tokens(["<unk>", "<end>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special)
+
+
+def test_an_unknown_character_does_not_spell_out_the_text_around_it():
+    prompt = TaskPrompt.from_dict(PROMPT)
+    encoder = PromptEncoder(word_tokenizer(eos_token="<end>"), prompt, max_length=400)
+    assert encoder.encode_plain("ababéab") == [4, 4, 0, 4]
+    assert 1 not in encoder.encode_plain("ab<end>ab")
+    ending = PromptEncoder(word_tokenizer(eos_token="<unk>"), prompt, max_length=400)  # a control token after all
+    assert ending.encode_plain("ababéab") == [2, 3, 2, 3, 0, 2, 3]
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    with pytest.raises(ValueError, match="ByT5Tokenizer is no fast tokenizer"):
+        PromptEncoder(ByT5Tokenizer(), TaskPrompt.from_dict(PROMPT), max_length=400)
 
 
 def test_completion_and_verdict_line(encoder, tokenizer):

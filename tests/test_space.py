@@ -89,7 +89,10 @@ def test_the_number_comes_before_the_words_and_the_sentences_last(answerer):
         expected.explanation,
         expected.explained_label,
         rendering.says_other_verdict(expected.explanation, answerer.prompt.verdicts, expected.label_id),
+        cut=True,  # after `max_new_tokens`
     )
+    assert "cut off" in steps[-1][2]
+    assert "cut off" in steps[-2][0]
     assert steps[-1][3] == rendering.relevance(TEXT, expected.attributions, answerer.labels, expected.truncated)
     assert all(step[3] == "" for step in steps[:-2])
     assert rendering.percent(expected.probability) in steps[1][0]

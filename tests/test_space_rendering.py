@@ -14,8 +14,8 @@ from clsgen.prediction_clsgen import Attribution, Prediction
 LABELS = ["not_supported", "supported"]
 HOSTILE = "<img src=x onerror=alert(1)> & **bold** {{value}} ${1+1} \"quoted\" 'x'"
 PREDICTION = Prediction(
-    label="supported", label_id=1, probability=0.723, logit=1.2, threshold=0.54, lm_probability=0.61,
-    explained_label="supported", prediction_set=("supported",),
+    label="supported", label_id=1, positive_label="supported", probability=0.723, logit=1.2, threshold=0.54,
+    lm_probability=0.61, explained_label="supported", prediction_set=("supported",),
 )  # fmt: skip
 
 

@@ -97,14 +97,18 @@ def test_main_job_from_a_folder_to_a_checkpoint(task_folder, backbones, tmp_path
 
 def test_explanations_have_room_to_end_but_no_more_than_the_backbone_reads(task_folder, backbones, tmp_path):
     rooms = {}
-    for max_length in (300, 2040, 2048):  # of a backbone that reads 2048 tokens
+    for max_length in (300, 2040, 2048):  # of a backbone that reads 2048 tokens, 24 of them for the verdict line
         training = ClsGenSFTConfig(
             output_dir=str(tmp_path), max_length=max_length, max_explanation_length=40, report_to="none"
         )
-        source = ModelArguments(model_name_or_path=str(backbones["llama"]))
+        source = ModelArguments(model_name_or_path=str(backbones["gpt2"]))
         model = build_model(load_task(task_folder), TaskArguments(), source, training)
         rooms[max_length] = model.generation_config.max_new_tokens
-    assert rooms == {300: 60, 2040: 48, 2048: 40}
+    assert rooms == {300: 60, 2040: 24, 2048: 16}
+    model.generation_config.eos_token_id = None  # to the last of the positions, which this backbone learns
+    prediction = model.explain({"findings": "word " * 1000, "claim": "Drug 1."}, "no_support")
+    assert prediction.truncated
+    assert prediction.explanation_cut
 
 
 def test_without_a_validation_split_calibration_is_skipped_and_the_card_says_so(task_folder, backbones, tmp_path):
