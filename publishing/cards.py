@@ -237,7 +237,7 @@ def _words(config: ClsGenConfig, report: dict[str, Any], examples: list[dict[str
     results = [f"| {split} | {' | '.join(table[split])} |" for split in SPLITS if split in table]
     conformal = config.conformal and (
         f"Prediction sets rule labels out at an error rate of {config.conformal['error_rate']:g} in either class "
-        "(split-conformal, fitted on the validation split)."
+        f"(split-conformal, fitted on the validation split).{_coverage(config, report)}"
     )
     return {
         "question": config.prompt["question"],
@@ -247,11 +247,22 @@ def _words(config: ClsGenConfig, report: dict[str, Any], examples: list[dict[str
         "commit": report.get("commit"),
         "calibration": _calibration(config, report, table),
         "conformal": conformal,
+        "lm_reading_weight": config.lm_reading_weight,
         "examples": "\n\n".join(_example(example, config.label_names[1]) for example in examples),
         "examples_split": examples[0]["split"] if examples else None,
         "training": _training(config, report),
         "footprint": _footprint(report),
     }
+
+
+def _coverage(config: ClsGenConfig, report: dict[str, Any]) -> str:
+    """How often prediction sets held the true label on the test split, and how often they were no answer."""
+    if not (measured := report.get("test_conformal")):
+        return ""
+    pairs = zip(config.label_names, measured["coverage"], strict=True)
+    coverage = " and ".join(f"{_number(share)} of the rows of `{label}`" for label, share in pairs)
+    abstained = _number(measured["abstained"])
+    return f" On the test split they hold the true label of {coverage}, and abstain on {abstained} of all."
 
 
 def _calibration(config: ClsGenConfig, report: dict[str, Any], table: dict[str, list[str]]) -> str:

@@ -91,6 +91,8 @@ def test_main_job_from_a_folder_to_a_checkpoint(task_folder, backbones, tmp_path
     assert model.generation_config.max_new_tokens == 60
     card = ModelCard.load(output / "model" / "README.md")
     assert "error rate of 0.1" in str(card)
+    of_negative = report["test_conformal"]["coverage"][0]
+    assert f"they hold the true label of {of_negative:.3f} of the rows of `no_support`" in str(card)
     assert f"| test | {report['test']['auroc']:.3f} |" in str(card)
     assert model.config.label_names == ["no_support", "support"]
 
