@@ -1,5 +1,6 @@
 """Several processes learn what one learns, with whole weights (DDP) and sharded ones (FSDP2); and what is refused."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import PROMPT
+from conftest import CONFIGS, PROMPT
 from safetensors.torch import load_file
 from test_train_sft_cls import command
 from test_training import arguments, launch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, set_seed
 from trl import ModelConfig
 
 from clsgen.sft_config_clsgen import ClsGenSFTConfig
@@ -21,6 +22,18 @@ from clsgen.train_sft_cls import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"ddp": ROOT / "train_sft_cls.py", "fsdp2": ROOT / "tests" / "fsdp2_on_cpu.py"}
+
+
+@pytest.fixture(scope="module")
+def backbones(tokenizer, tmp_path_factory):
+    """A tiny llama with weights as small as a real one's: from louder ones, rounding shows in the gradients."""
+    set_seed(0)
+    folder = str(tmp_path_factory.mktemp("llama"))
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.initializer_range = 0.02
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"llama": folder}
 
 
 @pytest.fixture
