@@ -1,26 +1,24 @@
 """Tasks: a folder with data, a prompt and a card becomes checked, normalised splits. No row goes missing unsaid."""
 
-import csv
 import hashlib
 import importlib.util
-import io
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
-from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt, fill_template
+from clsgen.task_sources import SPLITS, Source, read_sources
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent
-SPLITS = ("train", "validation", "test")
 PROMPT_KEYS = ("system_prompt", "template", "question", "document", "verdicts")
 REQUIRED_KEYS = {"name", "template", "question", "document", "labels", "verdicts"}
 OPTIONAL_KEYS = {
@@ -30,21 +28,6 @@ OPTIONAL_KEYS = {
 TEXT_KEYS = (REQUIRED_KEYS | OPTIONAL_KEYS) - {"labels", "verdicts", "data_files", "credentialed"}
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 LABELS = {0: 0.0, 1: 1.0, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}  # False, True, 0.0 and 1.0 equal 0 and 1
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The rows of one split as they are: where they come from, their columns, and each with its place there."""
-
-    split: str
-    origin: str
-    columns: list[str]
-    rows: Iterable[tuple[str, dict[str, Any]]]
-    features: dict[str, Any] = field(default_factory=dict)  # where the data set says what its columns hold
-
-    @classmethod
-    def of(cls, split: str, origin: str, table: Dataset) -> "_Source":
-        return cls(split, origin, table.column_names, _placed(table), table.features)
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,7 @@ def load_task(
     if data_dir is not None or (spec.get("prepare") and not _all_files_exist(folder, spec)):
         _prepare(folder, spec, data_dir)
     splits, seen, columns = DatasetDict(), {}, set()
-    for source in _load_raw(folder, spec):
+    for source in read_sources(folder, spec):
         columns.update(source.columns)
         _check_label_names(source, spec, log)
         splits[source.split], skipped = _normalise(source, spec, seen, on_bad_row)
@@ -200,7 +183,7 @@ def raw_splits(folder: Path, spec: dict[str, Any]) -> DatasetDict:
         ValueError: for a column that holds values of several types, naming it.
     """
     rows, names, places = [], {}, {}
-    for source in _load_raw(folder, spec):
+    for source in read_sources(folder, spec):
         start = len(rows)
         rows += [row for _, row in source.rows]
         names.update(dict.fromkeys(source.columns))
@@ -344,90 +327,7 @@ def _prepare(folder: Path, spec: dict[str, Any], data_dir: str | None) -> None:
     load_module(folder / spec["prepare"]).prepare(source=data_dir, output_dir=folder / "prepared")
 
 
-def _load_raw(folder: Path, spec: dict[str, Any]) -> Iterator[_Source]:
-    if "dataset" in spec:
-        loaded = load_dataset(spec["dataset"], spec.get("config_name"), revision=spec.get("revision"))
-        if "train" not in loaded:
-            raise ValueError(f"The data set {spec['dataset']} has no train split, only {list(loaded)}.")
-        for split in SPLITS:
-            if split in loaded:
-                yield _Source.of(split, f"{spec['dataset']}/{split}", loaded[split])
-        return
-    for split in SPLITS:
-        if split in spec["data_files"]:
-            path = folder / spec["data_files"][split]
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}, the {split} split of {spec['name']!r}, is not there.")
-            yield _load_file(path, split)
-
-
-def _placed(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _load_file(path: Path, split: str) -> _Source:
-    if path.suffix == ".parquet":
-        return _Source.of(split, str(path), load_dataset("parquet", data_files=str(path), split="train"))
-    rows = _read_csv(path) if path.suffix == ".csv" else _read_json(path)
-    if not rows:
-        raise ValueError(f"{path} holds no rows.")
-    return _Source(split, str(path), list(dict.fromkeys(name for _, row in rows for name in row)), rows)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # spreadsheets put a byte order mark before the first column
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
-
-
-def _read_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """All cells as strings: type inference would turn an id of digits into a number, and "nan" into nothing."""
-    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a long note
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows = []
-    try:
-        columns = next(reader, [])
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"{path}: a column name stands twice in {columns}.")
-        for cells in filter(None, reader):
-            place = f"line {reader.line_num}"
-            if len(cells) != len(columns):
-                raise ValueError(f"{path}, {place}: {len(cells)} cell(s) for the {len(columns)} columns {columns}.")
-            rows.append((place, {name: cell or None for name, cell in zip(columns, cells, strict=True)}))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}. Check the quotes.") from error
-    return rows
-
-
-def _read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a file with one on each line, or (`.json` only) of one list."""
-    text = _read_text(path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        rows = list(_placed(_parse_json(text, str(path))))
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [(f"line {n}", _parse_json(line, f"{path}, line {n}")) for n, line in lines if line.strip()]
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, {place} is {type(row).__name__}, not an object with columns.")
-    return rows
-
-
-def _parse_json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value; write null for a missing label")
-
-
-def _normalise(
-    source: _Source, spec: dict[str, Any], seen: dict[str, str], on_bad_row: str
-) -> tuple[Dataset, Counter]:
+def _normalise(source: Source, spec: dict[str, Any], seen: dict[str, str], on_bad_row: str) -> tuple[Dataset, Counter]:
     """The checked rows, and how many were skipped by reason and label; ids are added to `seen`."""
     prompt, names = _prompt(spec), _column_names(spec)
     needed = [*prompt.fields, names["label"], *([names["id"]] if "id_column" in spec else [])]
@@ -454,7 +354,7 @@ def _normalise(
     return Dataset.from_list(good, features=Features({name: Value(kind) for name, kind in types.items()})), skipped
 
 
-def _check_label_names(source: _Source, spec: dict[str, Any], log: logging.Logger) -> None:
+def _check_label_names(source: Source, spec: dict[str, Any], log: logging.Logger) -> None:
     """Raises where the data set's own names say that its 0 is the task's 1; warns of names that the task has not."""
     names = getattr(source.features.get(_column_names(spec)["label"]), "names", None)
     found, known = _folded(names or ()), [_folded(spec["labels"]), _folded(spec["verdicts"])]
