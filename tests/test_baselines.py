@@ -88,15 +88,16 @@ def test_result_files(system, task, backbones, tmp_path):
         assert report["language"][mode]["rows"] == 16
 
 
-@pytest.mark.parametrize("explanation", [None, "It fell."])
-def test_without_a_judge_there_are_numbers_still(explanation, task, backbones, tmp_path):
-    splits = DatasetDict(
-        {
-            name: Dataset.from_list([{**row, "explanation": explanation} for row in rows], features=rows.features)
-            for name, rows in task.splits.items()
-        }
-    )
-    baseline = SftOnly(replace(task, splits=splits), 0, backbones["llama"], **SMALL["sft-only"])
+def explained_as(explanation, task):
+    splits = {
+        name: Dataset.from_list([{**row, "explanation": explanation} for row in rows], features=rows.features)
+        for name, rows in task.splits.items()
+    }
+    return replace(task, splits=DatasetDict(splits))
+
+
+def test_without_a_judge_there_are_numbers_still(task, backbones, tmp_path):
+    baseline = SftOnly(explained_as("It fell.", task), 0, backbones["llama"], **SMALL["sft-only"])
     report = run(baseline, "sft-only", tmp_path)
     assert report["test"]["rows"] == 16
     assert report["alignment"]["undefined"]["tfidf-no-verdict"].startswith("The offline judge needs explanations")
@@ -213,12 +214,9 @@ def test_a_cut_training_goes_on_from_its_last_checkpoint(kind, task, backbones, 
     assert not clock.parent.exists()
 
 
-def test_a_classifier_has_no_words_to_lose_where_nobody_wrote_any(task, backbones):
-    bare = {
-        name: Dataset.from_list([{**row, "explanation": None} for row in rows], features=rows.features)
-        for name, rows in task.splits.items()
-    }
-    baseline = ClassificationOnly(replace(task, splits=DatasetDict(bare)), 0, backbones["llama"], lora_r=2, epochs=1)
+@pytest.mark.parametrize("kind", [ClassificationOnly, SftOnly])
+def test_there_are_no_words_to_judge_where_nobody_wrote_any(kind, task, backbones):
+    baseline = kind(explained_as(None, task), 0, backbones["llama"], lora_r=2, lora_first_layer=0, epochs=1)
     baseline.fit()
     assert baseline.explain(labelled(task, "test"), [1] * 16) == {}
     assert baseline.language_model() is baseline.language_model()

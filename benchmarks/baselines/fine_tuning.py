@@ -121,6 +121,10 @@ class _FineTuned(Baseline):
         chosen = {name: self.settings[name] for name in names}
         return lora_config(model, ModelArguments(use_peft=True, lora_dropout=0.0, lora_task_type=task_type, **chosen))
 
+    def has_words(self) -> bool:
+        """Whether the training split has explanations: without them, words have nothing to be compared with."""
+        return any(row["explanation"] for row in labelled(self.task, "train"))
+
     @torch.inference_mode()
     def generate(
         self, model: PreTrainedModel, prompts: list[list[int]], labels: Sequence[int] | None = None
@@ -231,6 +235,8 @@ class SftOnly(_FineTuned):
         return np.array(answer_log_odds(self._model, self.prompts(rows), answers, description="Verdicts"))
 
     def explain(self, rows: Sequence[Row], predicted: Sequence[int]) -> dict[str, list[str]]:
+        if not self.has_words():
+            return {}
         prompts = self.prompts(rows)
         return {"free": self.generate(self._model, prompts), "guided": self.generate(self._model, prompts, predicted)}
 
@@ -297,8 +303,8 @@ class ClassificationOnly(_FineTuned):
         return found
 
     def explain(self, rows: Sequence[Row], predicted: Sequence[int]) -> dict[str, list[str]]:
-        """What is left of its words, which nobody taught it; none for a task that has none to compare them with."""
-        if not any(row["explanation"] for row in labelled(self.task, "train")):
+        """What is left of its words, which nobody taught it."""
+        if not self.has_words():
             return {}
         return {"free": self.generate(self.language_model(), self.prompts(rows))}
 
