@@ -7,9 +7,10 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from clsgen.atomic_io import jsonable
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
+NumberedRow = tuple[int, dict[str, Any]]  # with the number of its line, or of its last
 _ROW_GROUP = 1024
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a surrogate without its other half
 logger = logging.getLogger(__name__)
@@ -89,15 +91,26 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         for batch in pq.ParquetFile(path).iter_batches(_ROW_GROUP):
             yield from batch.to_pylist()
         return
+    with open_text(path) as file:
+        for _, row in csv_rows(path, file) if ending == ".csv" else json_rows(path, file):
+            yield row
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A file of UTF-8, its line ends as they are; raises `ValueError` as soon as what is read is something else."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv_rows(path, file) if ending == ".csv" else json_rows(path, file)
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin it with a byte order mark
+            yield file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
 
 
-def csv_rows(path: str | Path, file: Iterable[str], columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of CSV lines; `columns` where the header is not among them. `path` is what errors call it."""
+def csv_rows(path: str | Path, file: Iterable[str], columns: list[str] | None = None) -> Iterator[NumberedRow]:
+    """Rows of CSV lines; `columns` where the header is not among them. `path` is what errors call it.
+
+    All cells are strings: type inference would turn an id of digits into a number, and "nan" into nothing.
+    """
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a long note
     reader = csv.reader(file, strict=True)
     try:
@@ -110,34 +123,53 @@ def csv_rows(path: str | Path, file: Iterable[str], columns: list[str] | None = 
                 blank = reader.line_num
                 continue
             if len(cells) != len(columns):
-                raise ValueError(f"{path}, line {reader.line_num}: {len(cells)} cells for {len(columns)} columns.")
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cell(s) for the {len(columns)} columns."
+                )
             if blank and len(columns) == 1:
                 raise ValueError(
                     f"{path}, line {blank} is blank: with one column, that may be an empty cell or no row. Write "
                     '"" for the former, or take the line out.'
                 )
-            yield dict(zip(columns, cells, strict=True))
+            yield reader.line_num, dict(zip(columns, cells, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}.") from error
+        raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}. Check the quotes.") from error
 
 
-def json_rows(path: str | Path, file: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Rows of JSON lines. `path` is what errors call it."""
+def json_rows(path: str | Path, file: Iterable[str], strict: bool = False) -> Iterator[NumberedRow]:
+    """Rows of JSON lines. `path` is what errors call it.
+
+    Half a character, which no file can hold, is read as U+FFFD, with a warning; a `strict` reader leaves it for the
+    caller to refuse, and refuses what Python adds to JSON.
+    """
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+        row = parse_json(line, f"{path}, line {number}", strict)
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is {type(row).__name__}, not an object with columns.")
-        if "\\ud" in line.lower() and _HALF_CHARACTER.search(text := json.dumps(row, ensure_ascii=False)):
+        if (
+            not strict
+            and "\\ud" in line.lower()
+            and _HALF_CHARACTER.search(text := json.dumps(row, ensure_ascii=False))
+        ):
             logger.warning(
                 "%s, line %d holds half a character, which no file can: it is read as U+FFFD.", path, number
             )
             row = json.loads(_HALF_CHARACTER.sub("\ufffd", text))
-        yield row
+        yield number, row
+
+
+def parse_json(text: str, what: str, strict: bool) -> Any:
+    """What `json.loads` makes of a text; raises `ValueError` that names `what`, where `strict` also for NaN."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant if strict else None)
+    except ValueError as error:
+        raise ValueError(f"{what} is not JSON: {error}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value; write null for a missing one.")
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema | None = None) -> None:

@@ -242,4 +242,5 @@ def _text_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of CSV or JSON lines; after each, `stream.tell()` is where the next one starts."""
     lines = _decoded(file, stream, at_start)
-    return csv_rows(file.name, lines, columns) if file.ending == ".csv" else json_rows(file.name, lines)
+    rows = csv_rows(file.name, lines, columns) if file.ending == ".csv" else json_rows(file.name, lines)
+    return (row for _, row in rows)

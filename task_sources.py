@@ -1,14 +1,14 @@
 """A task's data as they stand: in files, or in a data set on the Hub; each row with its place there."""
 
-import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
+
+from clsgen.table_files import csv_rows, json_rows, open_text, parse_json
 
 SPLITS = ("train", "validation", "test")
 
@@ -61,58 +61,23 @@ def _placed(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _load_file(path: Path, split: str) -> Source:
     if path.suffix == ".parquet":
         return Source.of(split, str(path), load_dataset("parquet", data_files=str(path), split="train"))
-    rows = _read_csv(path) if path.suffix == ".csv" else _read_json(path)
+    with open_text(path) as file:
+        if path.suffix == ".csv":
+            numbered = ((n, {name: cell or None for name, cell in row.items()}) for n, row in csv_rows(path, file))
+            rows = [(f"line {number}", row) for number, row in numbered]
+        else:
+            rows = _read_json(path, file.read())
     if not rows:
         raise ValueError(f"{path} holds no rows.")
     return Source(split, str(path), list(dict.fromkeys(name for _, row in rows for name in row)), rows)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # spreadsheets put a byte order mark before the first column
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
-
-
-def _read_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """All cells as strings: type inference would turn an id of digits into a number, and "nan" into nothing."""
-    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a long note
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows = []
-    try:
-        columns = next(reader, [])
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"{path}: a column name stands twice in {columns}.")
-        for cells in filter(None, reader):
-            place = f"line {reader.line_num}"
-            if len(cells) != len(columns):
-                raise ValueError(f"{path}, {place}: {len(cells)} cell(s) for the {len(columns)} columns {columns}.")
-            rows.append((place, {name: cell or None for name, cell in zip(columns, cells, strict=True)}))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}. Check the quotes.") from error
-    return rows
-
-
-def _read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_json(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a file with one on each line, or (`.json` only) of one list."""
-    text = _read_text(path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        rows = list(_placed(_parse_json(text, str(path))))
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [(f"line {n}", _parse_json(line, f"{path}, line {n}")) for n, line in lines if line.strip()]
+    if path.suffix != ".json" or not text.lstrip().startswith("["):
+        return [(f"line {number}", row) for number, row in json_rows(path, io.StringIO(text), strict=True)]
+    rows = list(_placed(parse_json(text, str(path), strict=True)))
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, {place} is {type(row).__name__}, not an object with columns.")
     return rows
-
-
-def _parse_json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value; write null for a missing label")

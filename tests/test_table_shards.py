@@ -100,7 +100,7 @@ def test_errors_name_the_file_and_keep_texts_to_themselves(tmp_path):
     refused({"1.jsonl": b'{"a": 1}\n' * 2, "2.jsonl": b'{"a": "secret"}\n'}, "2.jsonl: .* int64 vs string")
     refused({"1.jsonl": b'{"a": 1}\n' * 2 + b'{"a": "secret"}\n'}, "rows 3 to 3: .* int64 vs string")
     refused({"1.jsonl": b'{"a": 1}\n{"a"'}, "1.jsonl, line 2 is not JSON")
-    refused({"1.csv": b"a,b\n1,2\n1\n"}, "1.csv, line 3: 1 cells for 2 columns")
+    refused({"1.csv": b"a,b\n1,2\n1\n"}, r"1.csv, line 3: 1 cell\(s\) for the 2 columns")
     refused({"1.csv": b"a,b\r1,2\r"}, "1.csv, line 1 is not CSV")
     refused({"1.csv": b"a,a\n1,2\n"}, "a column name stands twice")
     refused({"1.csv": b"a\n\xff\n"}, "1.csv is not UTF-8")
