@@ -80,7 +80,8 @@ class VerdictGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
     q)`: classifier-free guidance (Sanchez et al., 2023, "Stay on topic with Classifier-Free Guidance").
 
     An explanation that would end before it has told its verdict goes on for one more sentence: where all its tokens
-    together are less than `TOLD` times as likely behind this line as behind the other, its first end is not taken.
+    together are less than `TOLD` times as likely behind this line as behind the other, its first end is not taken, nor
+    another control token in its place.
 
     Args:
         scale (`float`): 1 changes nothing; the larger, the more a word counts that only this verdict makes likely.
@@ -89,12 +90,15 @@ class VerdictGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
         cache (`DynamicCache`): Of all but the last of these tokens; it is used up.
     """
 
-    TOLD = 50.0  # chosen on validation, like the scale of the recipe for CliniFact
+    TOLD = 150.0  # chosen on validation, like the scale of the recipe for CliniFact
 
     def __init__(self, scale: float, model: Any, batch: dict[str, torch.LongTensor], cache: DynamicCache):
         super().__init__(scale, model, batch["input_ids"][:, -1:], batch["attention_mask"])
         self.unconditional_context["past_key_values"] = cache
         self.stop_ids = _stop_ids(model)
+        size = model.config.text_config.vocab_size  # a tokenizer may have more ids than the model
+        control = [i for i in model.encoder.control_ids if i < size]
+        self.no_words = torch.cat([self.stop_ids, self.stop_ids.new_tensor(control)])
         rows = len(batch["input_ids"])
         self.log_ratio = torch.zeros(rows, device=model.device)  # of the tokens so far
         self.held_back = torch.zeros(rows, dtype=torch.bool, device=model.device)
@@ -109,7 +113,7 @@ class VerdictGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
         scores = other + self.guidance_scale * self._next
         early = (self.log_ratio < math.log(self.TOLD)) & ~self.held_back
         self.held_back = self.held_back | (early & torch.isin(scores.argmax(dim=-1), self.stop_ids))
-        scores[early.nonzero(), self.stop_ids] = -torch.inf
+        scores[early.nonzero(), self.no_words] = -torch.inf
         return scores
 
     def select_rows(self, rows: torch.LongTensor) -> None:

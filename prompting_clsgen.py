@@ -161,6 +161,10 @@ class PromptEncoder:
         prompt (`TaskPrompt`): The task's prompt.
         max_length (`int`): Longest prompt, in tokens.
 
+    Attributes:
+        control_ids (`set[int]`): Ids of tokens that mean something to a chat template or a model.
+        end_of_turn_id (`int`, *optional*): The one that ends the assistant's turn.
+
     Raises:
         ValueError: for a tokenizer that isn't fast, or whose chat template does not show what it is given.
     """
@@ -181,7 +185,7 @@ class PromptEncoder:
         }
         # An unknown character is none, unless its token has another job too (GPT-2's has all of them).
         harmless = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        self._control_ids = set(control.values()) - harmless
+        self.control_ids = set(control.values()) - harmless
         names = sorted(control, key=len, reverse=True)
         self._control_names = re.compile("|".join(map(re.escape, names))) if names else None
         self.prefix_ids, self.suffix_ids, self.end_of_turn_id = self._encode_skeleton()
@@ -210,7 +214,7 @@ class PromptEncoder:
             assistant = {"role": "assistant", "content": _ASSISTANT}
             ending = self._render([*messages, user, assistant]).rpartition(_ASSISTANT)[2]
             ending_ids = self._encode_template(ending)
-            end_of_turn_id = next((i for i in ending_ids if i in self._control_ids), end_of_turn_id)
+            end_of_turn_id = next((i for i in ending_ids if i in self.control_ids), end_of_turn_id)
         if skeleton.count(_USER) != 1 or (system and skeleton.count(_SYSTEM) != 1):
             raise ValueError("The tokenizer's chat template does not show the system and user message exactly once.")
         before, _, after = skeleton.partition(_USER)
@@ -224,7 +228,7 @@ class PromptEncoder:
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text`, none of them a control token's."""
         ids = [i for piece in self._split_control_names(text) for i in self._encode_template(piece)]
-        if self._control_ids.intersection(ids):  # matched after the tokenizer's own normalisation
+        if self.control_ids.intersection(ids):  # matched after the tokenizer's own normalisation
             ids = [i for character in text for i in self._encode_template(character)]
         return ids
 

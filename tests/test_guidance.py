@@ -9,17 +9,19 @@ from conftest import let_labels_mix
 from clsgen.explaining_clsgen import VerdictGuidance
 
 
-def words_by_plain_passes(model, text, label, scale, tokens, stop=None, told=0.0):
+def words_by_plain_passes(model, text, label, scale, tokens, stop=None, told=None):
     """Ids behind a verdict line, uncached, and how much likelier each one made them behind this line (log)."""
     prompt, written, ratios, held_back = model.encoder.encode(text).input_ids, [], [0.0], False
     lines = [prompt + model.encoder.encode_verdict(each) for each in (label, 1 - label)]
+    told = math.log(VerdictGuidance.TOLD) if told is None else told
+    no_words = [*model.encoder.control_ids, *([] if stop is None else [stop])]
     while len(written) < tokens and stop not in written:
         with torch.inference_mode():
             this, other = (model(torch.tensor([line + written])).logits[0, -1].log_softmax(dim=-1) for line in lines)
         scores = other + scale * (this - other)
-        if stop is not None and ratios[-1] < told and not held_back:
+        if ratios[-1] < told and not held_back:
             held_back = scores.argmax().item() == stop
-            scores[stop] = -math.inf
+            scores[no_words] = -math.inf
         written.append(scores.argmax().item())
         ratios.append(ratios[-1] + (this - other)[written[-1]].item())
     return written, ratios
@@ -73,8 +75,8 @@ def test_guidance_goes_on_when_rows_have_ended(model, texts):
 def test_an_explanation_does_not_end_before_it_has_told_its_verdict(model, texts, monkeypatch):
     model.config.explanation_guidance_scale = scale = 300.0
     text, label, tokens = texts[0], 1, 40
-    endless, ratios = words_by_plain_passes(model, text, label, scale, tokens)
-    place = next(i for i in range(5, 20) if endless[i] not in endless[:i] and ratios[i] > 0)
+    endless, ratios = words_by_plain_passes(model, text, label, scale, tokens, told=math.inf)
+    place = next(i for i in range(5, 20) if endless[i] not in endless[:i] and ratios[i] > max(ratios[:i]))
     stop = model.generation_config.eos_token_id = endless[place]
     lengths = []
     for told in (ratios[place] - 1e-4, ratios[place] + 1e-4, math.inf):  # told already, nearly, never
@@ -85,6 +87,19 @@ def test_an_explanation_does_not_end_before_it_has_told_its_verdict(model, texts
         assert prediction.explanation == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert lengths[0] == place + 1
     assert min(lengths[1:]) > place + 1
+
+
+def test_an_end_that_is_held_back_is_not_replaced_by_another_control_token(model, texts):
+    model.config.explanation_guidance_scale = 2.0
+    model.get_output_embeddings().weight.data.zero_()  # each word is as likely as the next, behind either line
+    favourites = [model.generation_config.eos_token_id, *model.encoder.control_ids]
+    favourites = torch.tensor([i for ids in favourites for i in (ids if isinstance(ids, list) else [ids])])
+    assert len(favourites.unique()) > 2
+    model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(model.config.text_config.vocab_size))
+    model.get_output_embeddings().bias.data[favourites] = 9.0
+    (prediction,) = model.classify_and_explain(texts[:1], max_new_tokens=5)
+    assert prediction.explanation_cut
+    assert len(model.tokenizer(prediction.explanation)["input_ids"]) == 5
 
 
 def test_guidance_leaves_beams_alone(model, texts):
