@@ -37,6 +37,7 @@ def shown_model(backbones, tokenizer, tmp_path_factory):
         backbones["llama"],
         conformal={"error_rate": 0.1, "quantiles": [0.99, 0.99]},
         threshold=0.4,
+        calibration={"temperature": 4.0, "bias": 0.0},  # its number is none of those that are shown as "< 0.1%"
         explanation_no_repeat_ngram_size=3,
     )
     readable = {*tokenizer("abcdefgh .")["input_ids"]}
