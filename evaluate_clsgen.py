@@ -24,7 +24,15 @@ from clsgen.evaluation.collapse import perplexity_report
 from clsgen.evaluation.evaluated import Evaluated, Section, number, spread
 from clsgen.evaluation.judges import DEFAULT_JUDGES, Judge, default_judges, make_judge
 from clsgen.evaluation.number_sections import calibration, classification, comparison, speed, thresholds
-from clsgen.evaluation.predictions import SCHEMA, LabelledTexts, asked_of, predict, read_predictions, table_rows
+from clsgen.evaluation.predictions import (
+    SCHEMA,
+    LabelledTexts,
+    asked_of,
+    known_for_other_mode,
+    predict,
+    read_predictions,
+    table_rows,
+)  # fmt: skip
 from clsgen.evaluation.report import Report
 from clsgen.evaluation.speed import speed_report
 from clsgen.evaluation.thresholds import Target
@@ -200,17 +208,19 @@ def _predicted(
 ) -> Evaluated:
     """Asks the model about every row that a section needs."""
 
-    def answers(rows: LabelledTexts, mode: str) -> pd.DataFrame:
+    def answers(rows: LabelledTexts, mode: str, known: dict[int, dict[str, Any]] | None = None) -> pd.DataFrame:
         lengths = (arguments.batch_size, arguments.max_new_tokens)
-        return predict(model, rows, mode, output_dir / "answers", arguments.overwrite, *lengths)
+        return predict(model, rows, mode, output_dir / "answers", arguments.overwrite, *lengths, known)
 
     config = model.config  # that of a checkpoint of format 1 lacks what came later
     weight = getattr(config, "lm_reading_weight", 0.0)
+    free_is_held = bool(weight) or getattr(config, "explanation_guidance_scale", 1.0) != 1
+    modes: dict[str, pd.DataFrame] = {}
+    for mode in arguments.modes:
+        known = known_for_other_mode(next(iter(modes.values())), config.threshold) if modes and free_is_held else None
+        modes[mode] = answers(asked.reported, mode, known)
     return Evaluated(
-        asked.reported,
-        {mode: answers(asked.reported, mode) for mode in arguments.modes},
-        config.threshold, tuple(config.label_names), weight,
-        free_is_held=bool(weight) or getattr(config, "explanation_guidance_scale", 1.0) != 1,
+        asked.reported, modes, config.threshold, tuple(config.label_names), weight, free_is_held,
         asked=task.asked,
         verdicts=tuple(task.prompt["verdicts"]),
         relation=relation(model, task, arguments.split),

@@ -105,6 +105,7 @@ def predict(
     overwrite: bool = False,
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
+    known: dict[int, dict[str, Any]] | None = None,
 ) -> pd.DataFrame:
     """The model's answers for labelled texts, one row each, in their order.
 
@@ -117,6 +118,7 @@ def predict(
         folder (`Path`): Where answers are kept.
         overwrite (`bool`, *optional*): Whether to forget those of an earlier run.
         batch_size, max_new_tokens (`int`, *optional*): See `classify_and_explain`.
+        known (`dict[int, dict]`, *optional*): Answers (`ANSWER`) that need not be asked for, by their rows' places.
 
     Returns:
         `pandas.DataFrame` with the columns of `SCHEMA`, but for the judged ones.
@@ -129,7 +131,7 @@ def predict(
     path = folder / f"{name}-{mode}.jsonl"
     with Journal(path, asked_of(model, rows, mode, max_new_tokens), overwrite) as journal:
         journal.check_fits(len(rows.ids))
-        _answer(model, rows, mode, journal, batch_size, max_new_tokens)
+        _answer(model, rows, mode, journal, batch_size, max_new_tokens, known or {})
         answers = pd.DataFrame(list(journal), columns=list(ANSWER))
     answers.insert(0, "id", rows.ids)
     answers.insert(1, "mode", mode)
@@ -139,9 +141,15 @@ def predict(
 
 
 def _answer(
-    model: Any, rows: LabelledTexts, mode: str, journal: Journal, batch_size: int | None, max_new_tokens: int | None
+    model: Any,
+    rows: LabelledTexts,
+    mode: str,
+    journal: Journal,
+    batch_size: int | None,
+    max_new_tokens: int | None,
+    known: dict[int, dict[str, Any]],
 ) -> None:
-    """Asks about the rows that the journal lacks."""
+    """Asks about the rows that the journal lacks and nobody knows."""
     for row_id, text in zip(rows.ids[journal.count :], rows.texts[journal.count :], strict=True):
         try:
             model.encoder.encode(text)
@@ -149,22 +157,46 @@ def _answer(
             raise ValueError(f"{rows.name}, row {row_id!r}: {error}") from error
     if journal.count:
         logger.info("%s, %s: %d of %d answers are there already.", rows.name, mode, journal.count, len(rows.ids))
+    if known:
+        logger.info("%s, %s: %d of %d answers are known already.", rows.name, mode, len(known), len(rows.ids))
     lengths = {} if max_new_tokens is None or mode == "none" else {"max_new_tokens": max_new_tokens}
     with tqdm(desc=f"{rows.name} ({mode})", unit="row", initial=journal.count, total=len(rows.ids)) as progress:
         while journal.count < len(rows.ids):
-            window = rows.texts[journal.count : journal.count + CHUNKS[mode]]
+            places = range(journal.count, len(rows.ids))
+            asked = [place for place in places if place not in known][: CHUNKS[mode]]
+            if len(asked) == CHUNKS[mode]:
+                places = range(journal.count, asked[-1] + 1)
+            window = [rows.texts[place] for place in asked]
             try:
                 if mode == "none":
                     predictions = model.classify(window, batch_size=batch_size)
                 else:
                     predictions = model.classify_and_explain(window, batch_size=batch_size, mode=mode, **lengths)
             except ValueError as error:
-                broken = [rows.ids[journal.count + place] for place in getattr(error, "texts", ())]
+                broken = [rows.ids[asked[place]] for place in getattr(error, "texts", ())]
                 if not broken:
                     raise
                 raise ValueError(f"{rows.name}, row(s) {broken}: {error}") from error
-            journal.append([{name: getattr(answer, name) for name in ANSWER} for answer in predictions])
-            progress.update(len(window))
+            found = {
+                place: {name: getattr(answer, name) for name in ANSWER}
+                for place, answer in zip(asked, predictions, strict=True)
+            }
+            journal.append([found.get(place) or known[place] for place in places])
+            progress.update(len(places))
+
+
+def known_for_other_mode(answers: pd.DataFrame, threshold: float) -> dict[int, dict[str, Any]]:
+    """Answers that are the same in the other mode of explanation, by their rows' places, as [`predict`] takes them.
+
+    Where free words are held to the verdict that the LM's reading decides for, those of a row where the number decides
+    alike begin as guided ones do, and go on from there in the same way.
+
+    Args:
+        answers (`pandas.DataFrame`): What [`predict`] gives for `"guided"` or `"free"`.
+        threshold (`float`): The model's.
+    """
+    alike = answers["predicted"] == (answers["lm_probability"] >= threshold)
+    return {int(place): answer for place, answer in answers.loc[alike, list(ANSWER)].to_dict("index").items()}
 
 
 def asked_of(model: Any, rows: LabelledTexts, mode: str, max_new_tokens: int | None) -> dict[str, Any]:

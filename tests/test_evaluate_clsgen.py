@@ -118,6 +118,25 @@ def test_numbers_and_files(checkpoint, model, task, tmp_path):
     assert "Do the words agree with the number?" in (output / "report.html").read_text()
 
 
+@pytest.mark.parametrize("modes", [["guided", "free"], ["free", "guided"]])
+def test_words_that_are_the_same_in_both_modes_are_written_once(modes, checkpoint, model, task, tmp_path, caplog):
+    caplog.set_level("INFO")
+    model.config.lm_reading_weight = 0.1  # the number and the LM's reading decide alike of some rows, not of all
+    texts = [{"findings": row["findings"], "claim": row["claim"]} for row in make_rows("test")]
+    expected = {mode: model.classify_and_explain(texts, mode=mode, max_new_tokens=6) for mode in modes}
+    alike = sum(one.explained_label == other.explained_label for one, other in zip(*expected.values(), strict=True))
+    assert 0 < alike < len(texts)
+    held = str(write_checkpoint(model, tmp_path / "held", REPORT))
+    evaluate(held, task, tmp_path / "out", modes=modes, max_new_tokens=6)
+    assert f"tiny/test, {modes[1]}: {alike} of 12 answers are known already" in caplog.text
+    found = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    for mode, answers in expected.items():
+        of_mode = found[found["mode"] == mode]
+        assert of_mode["id"].tolist() == [row["id"] for row in make_rows("test")]
+        assert of_mode["explanation"].tolist() == [answer.explanation for answer in answers]
+    assert found["explanation"].nunique() > len(texts)
+
+
 def test_examples_are_what_their_titles_say(checkpoint, task, tmp_path):
     metrics = evaluate(checkpoint, task, tmp_path, modes=["guided"], examples=2)
     rows = pd.read_parquet(tmp_path / "predictions.parquet").set_index("id")
