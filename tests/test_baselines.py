@@ -258,9 +258,26 @@ def test_prompted_systems_keep_the_validation_logits_of_the_chosen_way(system, o
     chosen = baseline.fit()
     kept, rows = baseline.validation_logits(), labelled(task, "validation")
     assert kept == pytest.approx(baseline.logits(rows), abs=1e-5)
-    if "validation_aurocs" in chosen:
-        assert len(chosen["validation_aurocs"]) == 2
-        assert roc_auc_score(labels_of(rows), kept) == pytest.approx(max(chosen["validation_aurocs"].values()))
+    assert len(chosen["validation_aurocs"]) == 2
+    assert roc_auc_score(labels_of(rows), kept) == pytest.approx(max(chosen["validation_aurocs"].values()))
+
+
+def test_verbalised_replies_go_on_from_their_beginning_in_the_order_of_the_rows(task, backbones):
+    baseline = system_class("zero-shot-verbalised")(task, 0, backbones["llama"], max_new_tokens=3)
+    baseline.fit()
+    tokenizer, prompts = baseline._tokenizer, [[5, 6, 7] * length for length in (1, 9, 4)]
+    expected = [
+        baseline._model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)[0, len(ids) :]
+        for ids in prompts
+    ]
+    assert baseline._replies(prompts) == tokenizer.batch_decode(expected, skip_special_tokens=True)
+    asked = []
+    baseline._replies = lambda prompts: asked.extend(prompts) or ["70%"] * len(prompts)
+    rows = labelled(task, "validation")
+    for baseline._way in ("", "Probability:"):
+        assert baseline.logits(rows) == pytest.approx([np.log(0.7 / 0.3)] * len(rows))
+    plain, begun = asked[: len(rows)], asked[len(rows) :]
+    assert [tokenizer.decode(ids) for ids in begun] == [f"{tokenizer.decode(ids)}Probability:" for ids in plain]
 
 
 @pytest.mark.parametrize(

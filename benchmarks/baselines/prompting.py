@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.baselines.running import Baseline, Row, labelled, labels_of
-from clsgen.batching_clsgen import pad_left
+from clsgen.batching_clsgen import pad_left, pass_tokens, token_batches
 from clsgen.evaluation.lm_scoring import answer_log_odds
 from clsgen.prompting_clsgen import PromptEncoder, TaskPrompt
 
@@ -134,30 +134,49 @@ def verbalised_probability(reply: str) -> float | None:
 
 
 class ZeroShotVerbalised(_Prompted):
-    """The backbone says a number; a reply without one counts as the training split's share of label 1."""
+    """The backbone says a number, in a reply of its own or in one begun for it: what does better on validation.
 
-    options = {"max_prompt_length": 2048, "batch_size": 8, "max_new_tokens": 12}  # noqa: RUF012
+    A reply without a number counts as the training split's share of label 1.
+    """
+
+    options = {"max_prompt_length": 2048, "max_new_tokens": 12}  # noqa: RUF012
 
     def fit(self) -> dict[str, Any]:
         self.load()
         self._base_rate = float(labels_of(labelled(self.task, "train")).mean())
-        self._validation_logits = self.logits(labelled(self.task, "validation"))
-        return {"base_rate": self._base_rate, "unreadable_replies_on_validation": self._unreadable}
+        self._unreadable: dict[str, int] = {}  # by how the reply begins, of the rows asked about last
+        chosen, aurocs = self.choose({beginning: beginning for beginning in ("", "Probability:")})
+        return {
+            "reply_begins": chosen,
+            "validation_aurocs": aurocs,
+            "base_rate": self._base_rate,
+            "unreadable_replies_on_validation": dict(self._unreadable),
+        }
 
-    @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> np.ndarray:
         question = (
             f'{self._prompt.question} How likely is it that the answer is "{self._prompt.verdicts[1]}"? Reply with a '
             "probability from 0% to 100% alone."
         )
-        encoder, size = self.encoder(question), self.settings["batch_size"]
-        prompts = [encoder.encode(self.fields(row)).input_ids for row in rows]
-        found: list[float | None] = []
-        for i in tqdm(range(0, len(prompts), size), desc="Verbalised"):
-            batch = pad_left(prompts[i : i + size], self._tokenizer.pad_token_id or 0)
-            ids = self._model.generate(**batch, max_new_tokens=self.settings["max_new_tokens"], do_sample=False)
-            new = ids[:, batch["input_ids"].shape[1] :]
-            found += map(verbalised_probability, self._tokenizer.batch_decode(new, skip_special_tokens=True))
-        self._unreadable = sum(value is None for value in found)
+        encoder = self.encoder(question)
+        beginning = encoder.encode_plain(self._way) if self._way else []
+        prompts = [[*encoder.encode(self.fields(row)).input_ids, *beginning] for row in rows]
+        found = [verbalised_probability(reply) for reply in self._replies(prompts)]
+        self._unreadable[self._way] = sum(value is None for value in found)
         values = np.array([self._base_rate if value is None else value for value in found]).clip(CLIP, 1 - CLIP)
         return np.log(values / (1 - values))
+
+    @torch.inference_mode()
+    def _replies(self, prompts: list[list[int]]) -> list[str]:
+        """What the model writes behind each prompt."""
+        replies = [""] * len(prompts)
+        with tqdm(total=len(prompts), desc="Verbalised") as bar:
+            for indices in token_batches(list(map(len, prompts)), pass_tokens(self._model.device)):
+                batch = pad_left([prompts[i] for i in indices], self._tokenizer.pad_token_id or 0)
+                ids = self._model.generate(**batch, max_new_tokens=self.settings["max_new_tokens"], do_sample=False)
+                new = ids[:, batch["input_ids"].shape[1] :]
+                told = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+                for i, reply in zip(indices, told, strict=True):
+                    replies[i] = reply
+                bar.update(len(indices))
+        return replies
