@@ -18,12 +18,12 @@ from transformers import AutoModel, HfArgumentParser
 
 from clsgen.atomic_io import write_json, write_text
 from clsgen.backbones import resolve_backbone
+from clsgen.evaluation import number_sections, word_sections
 from clsgen.evaluation.alignment import alignment_report
 from clsgen.evaluation.asking import RowsToAsk, relation, rows_to_ask
 from clsgen.evaluation.collapse import perplexity_report
 from clsgen.evaluation.evaluated import Evaluated, Section, number, spread
 from clsgen.evaluation.judges import DEFAULT_JUDGES, Judge, default_judges, make_judge
-from clsgen.evaluation.number_sections import calibration, classification, comparison, speed, thresholds
 from clsgen.evaluation.predictions import (
     SCHEMA,
     LabelledTexts,
@@ -36,7 +36,6 @@ from clsgen.evaluation.predictions import (
 from clsgen.evaluation.report import Report
 from clsgen.evaluation.speed import speed_report
 from clsgen.evaluation.thresholds import Target
-from clsgen.evaluation.word_sections import alignment, collapse, examples, language, leakage, second_reading
 from clsgen.run_record import describe_run, without_secrets
 from clsgen.table_files import write_rows
 from clsgen.tasks import SPLITS, Task, load_task
@@ -45,17 +44,17 @@ logger = logging.getLogger("clsgen.evaluate_clsgen")
 MODES = ("guided", "free", "none")
 # The parts of an evaluation, in the report's order; a further one is a function and its entry here.
 SECTIONS: dict[str, Callable[[Evaluated], Section | None]] = {
-    "classification": classification,
-    "calibration": calibration,
-    "thresholds": thresholds,
-    "comparison": comparison,
-    "alignment": alignment,
-    "second_reading": second_reading,
-    "leakage": leakage,
-    "language": language,
-    "collapse": collapse,
-    "examples": examples,
-    "speed": speed,
+    "classification": number_sections.classification,
+    "calibration": number_sections.calibration,
+    "thresholds": number_sections.thresholds,
+    "comparison": number_sections.comparison,
+    "alignment": word_sections.alignment,
+    "second_reading": word_sections.second_reading,
+    "leakage": word_sections.leakage,
+    "language": word_sections.language,
+    "collapse": word_sections.collapse,
+    "examples": word_sections.examples,
+    "speed": number_sections.speed,
 }
 HEADLINE = {
     "auroc": "AUROC", "average_precision": "Average precision", "f1": "F1", "brier": "Brier score",
