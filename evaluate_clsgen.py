@@ -28,7 +28,7 @@ from clsgen.evaluation.predictions import (
     SCHEMA,
     LabelledTexts,
     asked_of,
-    known_for_other_mode,
+    known_when_guided,
     predict,
     read_predictions,
     table_rows,
@@ -214,12 +214,15 @@ def _predicted(
     config = model.config  # that of a checkpoint of format 1 lacks what came later
     weight = getattr(config, "lm_reading_weight", 0.0)
     free_is_held = bool(weight) or getattr(config, "explanation_guidance_scale", 1.0) != 1
-    modes: dict[str, pd.DataFrame] = {}
-    for mode in arguments.modes:
-        known = known_for_other_mode(next(iter(modes.values())), config.threshold) if modes and free_is_held else None
-        modes[mode] = answers(asked.reported, mode, known)
+    labels = tuple(config.label_names)
+    found: dict[str, pd.DataFrame] = {}
+    for mode in sorted(arguments.modes):  # free ones first, of which most are the guided ones too
+        known = known_when_guided(found["free"], labels) if found and free_is_held else None
+        found[mode] = answers(asked.reported, mode, known)
     return Evaluated(
-        asked.reported, modes, config.threshold, tuple(config.label_names), weight, free_is_held,
+        asked.reported,
+        {mode: found[mode] for mode in arguments.modes},
+        config.threshold, labels, weight, free_is_held,
         asked=task.asked,
         verdicts=tuple(task.prompt["verdicts"]),
         relation=relation(model, task, arguments.split),

@@ -164,6 +164,7 @@ class Prefill:
         self.cache = joined(list(zip(places, caches, strict=True)), len(prefix.input_ids))
         self.cache.crop(-1)  # it always lacks the last tokens: `generate` needs some to start from
         self._guidance: VerdictGuidance | None = None
+        self.readings: torch.FloatTensor | None = None  # what `read_verdicts` found
         self.given: list[int] | None = None  # labels of the verdict lines that were written
 
     def _run(self, prompts: list[list[int]], prefix: SharedPrefix) -> tuple[torch.Tensor, DynamicCache]:
@@ -186,7 +187,8 @@ class Prefill:
             self._rewind(length)
             targets = torch.tensor(line, device=logits.device).expand(len(logits), -1)
             losses.append(F.cross_entropy(logits.float().mT, targets, reduction="none").sum(dim=1).cpu())
-        return losses[0] - losses[1]
+        self.readings = losses[0] - losses[1]
+        return self.readings
 
     def write_verdicts(self, labels: list[int]) -> None:
         """Lets each explanation begin with the verdict line of a label: 0 or 1, one a row."""

@@ -163,7 +163,7 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
         def predict(prompts: list[EncodedPrompt], prefix: SharedPrefix) -> list[Prediction]:
             prefill = Prefill(self, [prompt.input_ids for prompt in prompts], prefix)
             predictions = self._answers(prefill, [prompt.truncated for prompt in prompts], mode, prior)
-            return self._explained(prefill, predictions, self._verdicts(predictions, mode), generate_kwargs)
+            return self._explained(prefill, predictions, self._verdicts(prefill, predictions, mode), generate_kwargs)
 
         return self._predict_iter(
             texts, predict, whole=True, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
@@ -188,8 +188,8 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
             max_batch_tokens (`int`, *optional*, defaults to 16384): Most prompt tokens of a batch, padding included.
             mode (`"guided"` or `"free"`, *optional*): `"guided"` starts the explanation from the verdict line of its
                 decision, `"free"` gives the LM no hint: it writes a line of its own (with the config's
-                `lm_reading_weight` or `explanation_guidance_scale`, that which `lm_probability` decides for at the
-                threshold). Defaults to the config's `explanation_mode`.
+                `lm_reading_weight` or `explanation_guidance_scale`, that which its reading decides for, cut where the
+                number is). Defaults to the config's `explanation_mode`.
             generate_kwargs: For `generate`, over the stored generation config; e.g. `max_new_tokens`, `do_sample`.
 
         Returns:
@@ -279,17 +279,17 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
         readings = prefill.read_verdicts() if mode or rule.lm_reading_weight else None
         return rule.predict(prefill.cls_logits, truncated, prior, readings)
 
-    def _verdicts(self, predictions: list[Prediction], mode: str) -> list[int] | None:
+    def _verdicts(self, prefill: Prefill, predictions: list[Prediction], mode: str) -> list[int] | None:
         """Labels of the verdict lines that explanations are to begin with; `None` where the LM writes its own.
 
         What the LM writes is what it finds likelier than one half. Where its reading counts, in the number or for
-        guidance, it is held to the number's threshold: one for a high sensitivity would else make words contradict.
+        guidance, it is cut where the number is: a threshold for a high sensitivity would else make words contradict.
         """
         if mode == "guided":
             return [prediction.label_id for prediction in predictions]
         if self.config.explanation_guidance_scale == 1 and not self.config.lm_reading_weight:
             return None
-        return [int(prediction.lm_probability >= prediction.threshold) for prediction in predictions]
+        return DecisionRule.from_config(self.config).labels_by_reading(prefill.readings, predictions[0].prior)
 
     def stream(
         self,
@@ -331,7 +331,7 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
         self.eval()
         prefill = Prefill(self, [prompts[0].input_ids])
         (prediction,) = self._answers(prefill, [prompts[0].truncated], mode, prior)
-        labels = self._verdicts([prediction], mode)
+        labels = self._verdicts(prefill, [prediction], mode)
         if labels is not None:
             prefill.write_verdicts(labels)
             prediction = replace(prediction, explained_label=self.config.label_names[labels[0]])
@@ -390,5 +390,5 @@ class ClsGenInferenceMixin(ClsGenTokenizerMixin):
         mode = self.config.explanation_mode if explain else None
         predictions = self._answers(prefill, [False], mode)
         if explain:
-            predictions = self._explained(prefill, predictions, self._verdicts(predictions, mode), {})
+            predictions = self._explained(prefill, predictions, self._verdicts(prefill, predictions, mode), {})
         return predictions[0]

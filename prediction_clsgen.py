@@ -200,6 +200,23 @@ class DecisionRule:
             )
         return math.log(prior / (1 - prior)) - math.log(self.base_rate / (1 - self.base_rate))
 
+    def _rebased(self, probabilities: torch.FloatTensor, prior: float | None) -> torch.FloatTensor:
+        shift = self.prior_shift(prior)
+        return torch.sigmoid(torch.logit(probabilities) + shift) if shift else probabilities
+
+    def labels_by_reading(self, readings: torch.FloatTensor, prior: float | None = None) -> list[int]:
+        """What the LM's readings alone decide for: re-based and cut at the threshold as the number is.
+
+        Where they are a part of the number they are calibrated as it is, since its threshold is on that scale.
+
+        Args:
+            readings (`torch.FloatTensor` of shape `(n,)`): See [`logits`].
+            prior (`float`, *optional*): See [`prior_shift`].
+        """
+        readings = readings.double()
+        probabilities = self.probabilities(readings) if self.lm_reading_weight else torch.sigmoid(readings)
+        return (self._rebased(probabilities, prior) >= self.threshold).int().tolist()
+
     def predict(
         self,
         cls_logits: torch.FloatTensor,
@@ -220,16 +237,15 @@ class DecisionRule:
         broken = logits.isnan() if readings is None else logits.isnan() | readings.isnan()
         if broken.any():
             raise NoNumberError(broken.nonzero()[:, 0].tolist())
-        shift = self.prior_shift(prior)
         probabilities = self.probabilities(logits)
-        shifted = torch.sigmoid(torch.logit(probabilities) + shift) if shift else probabilities
         lm_probabilities = [None] * len(logits)
         if readings is not None:
-            lm_probabilities = torch.sigmoid(readings.double() + shift).tolist()
+            lm_probabilities = self._rebased(torch.sigmoid(readings.double()), prior).tolist()
         predictions = []
         for logit, at_base_rate, probability, lm_probability, was_cut in zip(
-            logits.tolist(), probabilities.tolist(), shifted.tolist(), lm_probabilities, truncated, strict=True
-        ):
+            logits.tolist(), probabilities.tolist(), self._rebased(probabilities, prior).tolist(), lm_probabilities,
+            truncated, strict=True,
+        ):  # fmt: skip
             label_id = int(probability >= self.threshold)
             predictions.append(
                 Prediction(

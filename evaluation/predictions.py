@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
         "judged_probability": pa.float64(), "judged_label": pa.int64(),
     }
 )  # fmt: skip
-ANSWER = ("probability", "logit", "lm_probability", "truncated", "explanation")
+ANSWER = ("probability", "logit", "lm_probability", "truncated", "explanation", "explained_label")
 CHUNKS = {"none": 256, "free": 32, "guided": 32}  # rows between two writes to the disk
 
 
@@ -185,18 +185,18 @@ def _answer(
             progress.update(len(places))
 
 
-def known_for_other_mode(answers: pd.DataFrame, threshold: float) -> dict[int, dict[str, Any]]:
-    """Answers that are the same in the other mode of explanation, by their rows' places, as [`predict`] takes them.
+def known_when_guided(free: pd.DataFrame, labels: tuple[str, str]) -> dict[int, dict[str, Any]]:
+    """Free answers that are the guided ones too, by their rows' places, as [`predict`] takes them.
 
-    Where free words are held to the verdict that the LM's reading decides for, those of a row where the number decides
-    alike begin as guided ones do, and go on from there in the same way.
+    Where free words are given the verdict line that they begin with, and it is the decision's, they go on from there
+    as guided ones do.
 
     Args:
-        answers (`pandas.DataFrame`): What [`predict`] gives for `"guided"` or `"free"`.
-        threshold (`float`): The model's.
+        free (`pandas.DataFrame`): What [`predict`] gives for `"free"`.
+        labels (`tuple[str, str]`): The model's.
     """
-    alike = answers["predicted"] == (answers["lm_probability"] >= threshold)
-    return {int(place): answer for place, answer in answers.loc[alike, list(ANSWER)].to_dict("index").items()}
+    alike = free["explained_label"] == free["predicted"].map(dict(enumerate(labels)))
+    return {int(place): answer for place, answer in free.loc[alike, list(ANSWER)].to_dict("index").items()}
 
 
 def asked_of(model: Any, rows: LabelledTexts, mode: str, max_new_tokens: int | None) -> dict[str, Any]:

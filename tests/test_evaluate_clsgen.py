@@ -128,7 +128,7 @@ def test_words_that_are_the_same_in_both_modes_are_written_once(modes, checkpoin
     assert 0 < alike < len(texts)
     held = str(write_checkpoint(model, tmp_path / "held", REPORT))
     evaluate(held, task, tmp_path / "out", modes=modes, max_new_tokens=6)
-    assert f"tiny/test, {modes[1]}: {alike} of 12 answers are known already" in caplog.text
+    assert f"tiny/test, guided: {alike} of 12 answers are known already" in caplog.text
     found = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
     for mode, answers in expected.items():
         of_mode = found[found["mode"] == mode]

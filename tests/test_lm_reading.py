@@ -60,8 +60,9 @@ def test_every_way_to_ask_gives_the_same_number(pooled, texts):
 
 @pytest.mark.parametrize("mode", ["guided", "free"])
 def test_words_are_those_behind_an_unread_prompt(pooled, texts, mode):
-    """Reading the verdict lines leaves nothing behind in the cache; free words begin at the number's threshold."""
-    own = pooled.classify(texts)[1].lm_probability
+    """Reading leaves nothing behind in the cache; free words begin with what the reading decides, cut as the number is."""
+    reading = readings_of(pooled, texts[1])[1]
+    own = 1 / (1 + math.exp(0.4 - reading / 1.7))
     for pooled.config.threshold in (own - 1e-3, own + 1e-3):
         prediction = pooled.classify_and_explain(texts, mode=mode, max_new_tokens=8)[1]
         label = prediction.label_id if mode == "guided" else int(own >= pooled.config.threshold)
@@ -89,6 +90,18 @@ def test_the_whole_weight_on_either_side():
         rule = DecisionRule(("no", "yes"), 1.0, 1.0, 0.0, 0.5, lm_reading_weight=weight)
         assert rule.logits(head, readings).tolist() == expected
         assert [prediction.logit for prediction in rule.predict(head, [False] * 2, readings=readings)] == expected
+
+
+def test_a_reading_is_cut_where_the_number_is():
+    """With the whole weight on the readings, they decide what the number does, whatever the calibration and prior."""
+    readings = torch.linspace(-6, 6, 25)
+    for prior in (None, 0.1):
+        rule = DecisionRule(("no", "yes"), 1.0, 2.5, 0.7, 0.4, base_rate=0.5, lm_reading_weight=1.0)
+        predictions = rule.predict(torch.zeros(25), [False] * 25, prior, readings)
+        assert rule.labels_by_reading(readings, prior) == [prediction.label_id for prediction in predictions]
+        assert 0 < sum(prediction.label_id for prediction in predictions) < 25
+    head_alone = DecisionRule(("no", "yes"), 1.0, 2.5, 0.7, 0.4)  # whose calibration says nothing of the readings
+    assert head_alone.labels_by_reading(torch.logit(torch.tensor([0.3, 0.39, 0.41, 0.6]))) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
