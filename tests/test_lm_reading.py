@@ -60,7 +60,7 @@ def test_every_way_to_ask_gives_the_same_number(pooled, texts):
 
 @pytest.mark.parametrize("mode", ["guided", "free"])
 def test_words_are_those_behind_an_unread_prompt(pooled, texts, mode):
-    """Reading leaves nothing behind in the cache; free words begin with what the reading decides, cut as the number is."""
+    """Reading leaves nothing behind in the cache; free words begin with what it decides, cut as the number is."""
     reading = readings_of(pooled, texts[1])[1]
     own = 1 / (1 + math.exp(0.4 - reading / 1.7))
     for pooled.config.threshold in (own - 1e-3, own + 1e-3):
