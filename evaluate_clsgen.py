@@ -32,7 +32,7 @@ from clsgen.evaluation.predictions import (
     predict,
     read_predictions,
     table_rows,
-)  # fmt: skip
+)
 from clsgen.evaluation.report import Report
 from clsgen.evaluation.speed import speed_report
 from clsgen.evaluation.thresholds import Target

@@ -51,8 +51,8 @@ def alignment(evaluated: Evaluated) -> Section | None:
     )
     if "free" in evaluated.explained and evaluated.free_is_held:
         note += (
-            " Free words of this model begin with the verdict line that the LM's own reading decides for at the "
-            "number's threshold."
+            " Free words of this model begin with the verdict line that the LM's own reading decides for, cut where "
+            "the number is."
         )
     warnings = [
         f"The judge {judge} is unfit (right on fewer than 95% of the teacher's explanations)."
